@@ -1,0 +1,36 @@
+"""Assignment: which experts each token of a step goes to, and which of the chosen pairs were dropped."""
+
+from dataclasses import dataclass, replace
+from typing import Self
+
+from router.backends import Array, namespace
+
+UNUSED = -1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Assignment:
+    """The choice of a policy for T tokens, at most K experts each.
+
+    `ids_TK` expert ids, `UNUSED` (-1) where a token uses fewer than K; `weights_TK` the factor on each
+    expert's output, 0 where unused or dropped; `kept_TK` bool, true where the pair is computed. Every
+    chosen pair (id >= 0) is kept or dropped: `chosen = kept + dropped`, always.
+    """
+
+    ids_TK: Array
+    weights_TK: Array
+    kept_TK: Array
+
+    @property
+    def chosen_TK(self) -> Array:
+        """True where the policy chose an expert, before capacity."""
+        return self.ids_TK != UNUSED
+
+    def drop(self, dropped_TK: Array) -> Self:
+        """The assignment without the pairs where `dropped_TK` is true; the others keep their weight."""
+        xp = namespace(self.weights_TK)
+        return replace(
+            self,
+            kept_TK=self.kept_TK & ~dropped_TK,
+            weights_TK=xp.where(dropped_TK, xp.zeros_like(self.weights_TK), self.weights_TK),
+        )

@@ -1,0 +1,75 @@
+"""Placement: which rank holds which expert, replicas included."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from traces.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)  # no slots: the replica tables are computed once and kept
+class Placement:
+    """For each of L layers and S physical slots, the expert that the slot holds.
+
+    `slot_to_expert_LS` int64; rank r holds the slots r*S/G .. (r+1)*S/G - 1. An expert in more than one slot has
+    replicas. Errors: `InputError` if the slots do not divide over the ranks or an expert has no slot.
+    """
+
+    slot_to_expert_LS: NDArray[np.int64]
+    experts: int
+    ranks: int
+
+    def __post_init__(self) -> None:
+        check_slots(self.slots, self.ranks, self.experts)
+        for layer, expert_S in enumerate(self.slot_to_expert_LS):
+            missing = np.setdiff1d(np.arange(self.experts), expert_S)
+            if missing.size:
+                raise InputError(
+                    f"placement: layer {layer} has no slot for expert {missing[0]}; every expert needs one"
+                )
+
+    @property
+    def layers(self) -> int:
+        """L."""
+        return int(self.slot_to_expert_LS.shape[0])
+
+    @property
+    def slots(self) -> int:
+        """S, over all ranks."""
+        return int(self.slot_to_expert_LS.shape[1])
+
+    @property
+    def slots_per_rank(self) -> int:
+        """S / G."""
+        return self.slots // self.ranks
+
+    @cached_property
+    def replicas_LE(self) -> NDArray[np.int64]:
+        """How many slots hold each expert."""
+        return np.stack([np.bincount(row, minlength=self.experts) for row in self.slot_to_expert_LS])
+
+    @cached_property
+    def expert_slots_LEX(self) -> NDArray[np.int64]:
+        """The slots of each expert, ascending, padded with -1: X is the largest number of replicas."""
+        table = np.full((self.layers, self.experts, int(self.replicas_LE.max())), -1, dtype=np.int64)
+        for layer, expert_S in enumerate(self.slot_to_expert_LS):
+            seen = np.zeros(self.experts, dtype=np.int64)
+            for slot, expert in enumerate(expert_S):
+                table[layer, expert, seen[expert]] = slot
+                seen[expert] += 1
+        return table
+
+
+def check_slots(slots: int, ranks: int, experts: int) -> None:
+    """Raise `InputError`, with the numbers and the mend, unless `slots` can hold `experts` on `ranks` ranks."""
+    if ranks > slots:
+        raise InputError(
+            f"{ranks} ranks but only {slots} expert slots; use at most {slots} ranks or add redundant slots"
+        )
+    if slots % ranks:
+        more = -slots % ranks
+        raise InputError(f"{slots} expert slots do not divide over {ranks} ranks; add {more} redundant slots")
+    if slots < experts:
+        raise InputError(f"{slots} slots cannot hold {experts} experts; give at least {experts}")

@@ -1,0 +1,38 @@
+"""Longest processing time: replicas to the heaviest experts, then heaviest first to the lightest rank."""
+
+import heapq
+
+import numpy as np
+from numpy.typing import NDArray
+
+from router.replicas import replicate
+
+
+def lpt(loads_LE: NDArray[np.float64], ranks: int, slots: int, seed: int) -> NDArray[np.int64]:
+    """Slots [L, S] that balance `loads_LE` over ranks (Graham 1969). The seed is not used.
+
+    1. Redundant slots go, one by one, to the expert with the largest load per replica.
+    2. Replicas, heaviest first, go to the lightest rank that has room and does not hold the expert yet;
+       only where every rank with room holds it already may two replicas of one expert meet.
+    """
+    return np.stack([_pack_layer(load_E, ranks, slots) for load_E in loads_LE])
+
+
+def _pack_layer(load_E: NDArray[np.float64], ranks: int, slots: int) -> NDArray[np.int64]:
+    replicas_E = replicate(load_E, slots)
+    replica_load_E = load_E / replicas_E
+    expert_of_item = np.repeat(np.arange(load_E.size), replicas_E)
+    heaviest_first = expert_of_item[np.argsort(-replica_load_E[expert_of_item], kind="stable")]
+    held: list[list[int]] = [[] for _ in range(ranks)]
+    lightest = [(0.0, rank) for rank in range(ranks)]
+    for expert in heaviest_first.tolist():
+        passed_over = []
+        while lightest and expert in held[lightest[0][1]]:
+            passed_over.append(heapq.heappop(lightest))
+        rank_load, rank = heapq.heappop(lightest) if lightest else passed_over.pop(0)
+        held[rank].append(expert)
+        if len(held[rank]) < slots // ranks:
+            heapq.heappush(lightest, (rank_load + float(replica_load_E[expert]), rank))
+        for entry in passed_over:
+            heapq.heappush(lightest, entry)
+    return np.array([expert for on_rank in held for expert in sorted(on_rank)])

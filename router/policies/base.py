@@ -1,0 +1,61 @@
+"""What a routing policy is, and when each of its parts is called.
+
+A policy is made once from its parameters. For every step of every layer the simulator (numpy) or the real
+MoE layer (torch) calls `route(candidates, context, state)` and gets the assignment and the next state.
+The policies of this package select experts; `router.capacity.Capacity` then drops what does not fit;
+`RoutingPolicy` (in `router.policies`) is the two together and what the rest of moeroute passes around.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from router.assignment import UNUSED, Assignment
+from router.backends import Array, namespace
+from router.candidates import Candidates
+from traces.errors import InputError
+
+State = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouteContext:
+    """What a policy may know besides the candidates.
+
+    `layer` counts from 0; `renormalise`: the model scales the weights of a token's chosen experts to sum
+    to one; `ranks` is the number of source ranks.
+    """
+
+    layer: int
+    ranks: int
+    renormalise: bool
+
+
+class Selection(ABC):
+    """Chooses experts for each token from its candidates; knows nothing of capacity."""
+
+    name: ClassVar[str]
+
+    @property
+    @abstractmethod
+    def width(self) -> int:
+        """K, the most experts a token can get; also the number of candidates the selection reads."""
+
+    @abstractmethod
+    def use(self, probs_TK: Array) -> Array:
+        """Which of the best K candidates each token uses: bool [T, K]. The first is always used."""
+
+    def route(self, candidates: Candidates, context: RouteContext, state: State) -> tuple[Assignment, State]:
+        """Assign each token the candidates that `use` marks, weighted by their scores."""
+        if candidates.count < self.width:
+            raise InputError(
+                f"policy {self.name} needs {self.width} candidates per token; the trace recorded {candidates.count}"
+            )
+        best = candidates.best(self.width)
+        xp = namespace(best.probs_TC)
+        used_TK = self.use(best.probs_TC)
+        weights_TK = xp.where(used_TK, best.probs_TC, xp.zeros_like(best.probs_TC))
+        if context.renormalise:
+            weights_TK = weights_TK / xp.sum(weights_TK, axis=-1, keepdims=True)
+        ids_TK = xp.where(used_TK, best.ids_TC, xp.full_like(best.ids_TC, UNUSED))
+        return Assignment(ids_TK=ids_TK, weights_TK=weights_TK, kept_TK=used_TK), state

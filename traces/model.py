@@ -1,0 +1,141 @@
+"""ModelSpec: the shape of a mixture-of-experts model, as far as routing and its cost depend on it.
+
+T tokens, L MoE layers, E logical experts, K experts a token uses, C recorded candidates, S physical
+slots, G ranks, D hidden size, F expert intermediate size. These letters end array names everywhere.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from traces.errors import InputError
+
+ScoreKind = Literal["logits", "softmax", "sigmoid", "softmax_over_topk", "none"]
+
+# Hugging Face spells one quantity several ways; the first key that a config has wins.
+_HF_KEYS = {
+    "experts": ("num_local_experts", "num_experts", "n_routed_experts"),
+    "top_k": ("num_experts_per_tok", "experts_per_token", "moe_topk"),
+    "expert_hidden": ("moe_intermediate_size", "intermediate_size"),
+    "all_layers": ("num_hidden_layers",),
+    "hidden": ("hidden_size",),
+    "heads": ("num_attention_heads",),
+    "vocab": ("vocab_size",),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSpec:
+    """One mixture-of-experts model.
+
+    Counts are whole numbers, widths are in elements, `weight_bytes` and `activation_bytes` are bytes an
+    element (0.5 for 4-bit weights). `renormalise` says whether the gates of a token's chosen experts are
+    scaled to sum to one. `kv_bytes_per_token` covers all layers.
+    """
+
+    name: str
+    layers: int
+    experts: int
+    top_k: int
+    hidden: int
+    expert_hidden: int
+    expert_matrices: int = 3
+    shared_experts: int = 0
+    shared_hidden: int = 0
+    other_parameters: int = 0
+    kv_bytes_per_token: int = 0
+    weight_bytes: float = 2.0
+    activation_bytes: int = 2
+    renormalise: bool = True
+
+    def __post_init__(self) -> None:
+        for field in ("layers", "experts", "top_k", "hidden", "expert_hidden"):
+            if getattr(self, field) < 1:
+                raise InputError(f"model {self.name}: {field} is {getattr(self, field)}; it must be at least 1")
+        if self.top_k > self.experts:
+            raise InputError(
+                f"model {self.name}: top_k {self.top_k} is more than its {self.experts} experts; "
+                f"use top_k <= {self.experts}"
+            )
+
+    @property
+    def expert_parameters(self) -> int:
+        """Parameters of one routed expert in one layer."""
+        return self.expert_matrices * self.hidden * self.expert_hidden
+
+    @property
+    def expert_bytes(self) -> float:
+        """Bytes that the weights of one routed expert in one layer take."""
+        return self.expert_parameters * self.weight_bytes
+
+    @property
+    def shared_parameters(self) -> int:
+        """Parameters of the shared experts of one layer."""
+        return self.shared_experts * self.expert_matrices * self.hidden * self.shared_hidden
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one token's hidden vector on the wire."""
+        return self.hidden * self.activation_bytes
+
+    def flops_per_token(self, experts_used: float) -> float:
+        """Floating-point operations a token costs in the experts of all layers (a multiply-add is two)."""
+        return 2.0 * self.layers * (experts_used * self.expert_parameters + self.shared_parameters)
+
+    def to_json(self) -> dict[str, Any]:
+        """The spec as a JSON object; `ModelSpec(**document)` reads it back."""
+        return asdict(self)
+
+    @classmethod
+    def from_hf_config(cls, config: Mapping[str, Any], *, name: str) -> "ModelSpec":
+        """Read a Hugging Face `config.json` of a mixture-of-experts model.
+
+        Attention, embeddings, routers and dense layers go into `other_parameters`, all in the weights' dtype.
+        Errors: `InputError` naming the missing key.
+        """
+        found = {}
+        for field, keys in _HF_KEYS.items():
+            value = next((config[key] for key in keys if config.get(key) is not None), None)
+            if value is None:
+                raise InputError(f"{name}: config.json has none of {', '.join(keys)}; is it a mixture of experts?")
+            found[field] = int(value)
+        layers_all, hidden, heads = found.pop("all_layers"), found["hidden"], found.pop("heads")
+        vocab = found.pop("vocab")
+        dense_layers = int(config.get("first_k_dense_replace") or 0)
+        layers = layers_all - dense_layers
+        matrices = 3
+        if config.get("kv_lora_rank"):  # multi-head latent attention keeps one compressed vector a token
+            kv_width = int(config["kv_lora_rank"]) + int(config["qk_rope_head_dim"])
+            q_rank = int(config.get("q_lora_rank") or hidden)
+            qk_width = int(config["qk_nope_head_dim"]) + int(config["qk_rope_head_dim"])
+            v_width = int(config["v_head_dim"])
+            attention = (
+                hidden * q_rank
+                + q_rank * heads * qk_width
+                + hidden * kv_width
+                + int(config["kv_lora_rank"]) * heads * (int(config["qk_nope_head_dim"]) + v_width)
+                + heads * v_width * hidden
+            )
+        else:
+            head_width = int(config.get("head_dim") or hidden // heads)
+            kv_heads = int(config.get("num_key_value_heads") or heads)
+            kv_width = 2 * kv_heads * head_width
+            attention = hidden * head_width * (2 * heads + 2 * kv_heads)
+        shared_experts = int(config.get("n_shared_experts") or 0)
+        shared_hidden = found["expert_hidden"]
+        if config.get("shared_expert_intermediate_size"):
+            shared_experts, shared_hidden = 1, int(config["shared_expert_intermediate_size"])
+        embeddings = vocab * hidden * (1 if config.get("tie_word_embeddings") else 2)
+        dense = dense_layers * matrices * hidden * int(config.get("intermediate_size") or 0)
+        routers = layers * hidden * found["experts"]
+        return cls(
+            name=name,
+            layers=layers,
+            expert_matrices=matrices,
+            shared_experts=shared_experts,
+            shared_hidden=shared_hidden,
+            other_parameters=layers_all * attention + embeddings + dense + routers,
+            kv_bytes_per_token=2 * layers_all * kv_width,
+            renormalise=bool(config.get("norm_topk_prob", True)),
+            **found,
+        )
