@@ -1,0 +1,1 @@
+"""What hardware takes: clusters, operations, and models that price them."""

@@ -1,0 +1,1 @@
+"""Who computes what: policies, capacity, placement, and the real MoE layer."""

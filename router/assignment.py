@@ -12,12 +12,14 @@ UNUSED = -1
 class Assignment:
     """The choice of a policy for T tokens, at most K experts each.
 
-    `ids_TK` expert ids, `UNUSED` (-1) where a token uses fewer than K; `weights_TK` the factor on each
-    expert's output, 0 where unused or dropped; `kept_TK` bool, true where the pair is computed. Every
-    chosen pair (id >= 0) is kept or dropped: `chosen = kept + dropped`, always.
+    `ids_TK` expert ids, `UNUSED` (-1) where a token uses fewer than K; `scores_TK` the router's score of each
+    chosen expert, 0 where unused; `weights_TK` the factor on each expert's output, 0 where unused or dropped;
+    `kept_TK` bool, true where the pair is computed. Every chosen pair (id >= 0) is kept or dropped:
+    `chosen = kept + dropped`, always.
     """
 
     ids_TK: Array
+    scores_TK: Array
     weights_TK: Array
     kept_TK: Array
 

@@ -7,7 +7,7 @@ from typing import Literal
 from router.assignment import Assignment
 from router.backends import Array, bincount, namespace, rank_within_group
 from router.candidates import Candidates
-from router.policies.base import RouteContext
+from router.context import RouteContext
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

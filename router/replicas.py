@@ -1,32 +1,12 @@
-"""Replicas: how many slots each expert gets, and which of them a token's pair goes to."""
+"""Replicas: which of an expert's slots computes a token's pair."""
 
-import heapq
 from typing import Literal
-
-import numpy as np
-from numpy.typing import NDArray
 
 from router.assignment import Assignment
 from router.backends import Array, namespace, rank_within_group
 from router.placement.base import Placement
 
 ReplicaChoice = Literal["even", "local"]
-
-
-def replicate(load_E: NDArray[np.float64], slots: int) -> NDArray[np.int64]:
-    """How many of `slots` each expert gets: one, and each further one to the largest load per replica.
-
-    >>> replicate(np.array([6.0, 1.0, 3.0]), 5).tolist()
-    [3, 1, 1]
-    """
-    replicas_E = np.ones(load_E.size, dtype=np.int64)
-    heaviest = [(-float(load), expert) for expert, load in enumerate(load_E)]
-    heapq.heapify(heaviest)
-    for _ in range(slots - load_E.size):
-        _, expert = heaviest[0]
-        replicas_E[expert] += 1
-        heapq.heapreplace(heaviest, (-float(load_E[expert]) / int(replicas_E[expert]), expert))
-    return replicas_E
 
 
 def choose_slots(

@@ -1,0 +1,1 @@
+"""When it happens: lowering, the analytic and the event simulator, reports."""

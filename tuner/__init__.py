@@ -1,0 +1,1 @@
+"""What to run: scenarios, studies, what-if, and validation on a real run."""

@@ -1,0 +1,1 @@
+"""Microbenchmarks: one operation a file, each with the very kernel that the real MoE layer runs."""

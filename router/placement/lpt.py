@@ -5,7 +5,7 @@ import heapq
 import numpy as np
 from numpy.typing import NDArray
 
-from router.replicas import replicate
+from router.placement.replicate import replicate
 
 
 def lpt(loads_LE: NDArray[np.float64], ranks: int, slots: int, seed: int) -> NDArray[np.int64]:

@@ -9,4 +9,4 @@ def permuted(loads_LE: NDArray[np.float64], ranks: int, slots: int, seed: int) -
     layers, experts = loads_LE.shape
     rng = np.random.default_rng(seed)
     order_LE = np.stack([rng.permutation(experts) for _ in range(layers)])
-    return np.take(order_LE, np.arange(slots) % experts, axis=1)
+    return order_LE[:, np.arange(slots) % experts]

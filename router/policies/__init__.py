@@ -6,7 +6,8 @@ from typing import Any
 from router.assignment import Assignment
 from router.candidates import Candidates
 from router.capacity import Capacity
-from router.policies.base import RouteContext, Selection, State
+from router.context import RouteContext, State
+from router.policies.base import Selection
 from router.policies.skip import Skip
 from router.policies.top_k import TopK
 from router.policies.top_p import TopP

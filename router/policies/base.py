@@ -7,28 +7,13 @@ The policies of this package select experts; `router.capacity.Capacity` then dro
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from router.assignment import UNUSED, Assignment
 from router.backends import Array, namespace
 from router.candidates import Candidates
+from router.context import RouteContext, State
 from traces.errors import InputError
-
-State = dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RouteContext:
-    """What a policy may know besides the candidates.
-
-    `layer` counts from 0; `renormalise`: the model scales the weights of a token's chosen experts to sum
-    to one; `ranks` is the number of source ranks.
-    """
-
-    layer: int
-    ranks: int
-    renormalise: bool
 
 
 class Selection(ABC):
@@ -54,8 +39,7 @@ class Selection(ABC):
         best = candidates.best(self.width)
         xp = namespace(best.probs_TC)
         used_TK = self.use(best.probs_TC)
-        weights_TK = xp.where(used_TK, best.probs_TC, xp.zeros_like(best.probs_TC))
-        if context.renormalise:
-            weights_TK = weights_TK / xp.sum(weights_TK, axis=-1, keepdims=True)
+        scores_TK = xp.where(used_TK, best.probs_TC, xp.zeros_like(best.probs_TC))
+        weights_TK = scores_TK / xp.sum(scores_TK, axis=-1, keepdims=True) if context.renormalise else scores_TK
         ids_TK = xp.where(used_TK, best.ids_TC, xp.full_like(best.ids_TC, UNUSED))
-        return Assignment(ids_TK=ids_TK, weights_TK=weights_TK, kept_TK=used_TK), state
+        return Assignment(ids_TK=ids_TK, scores_TK=scores_TK, weights_TK=weights_TK, kept_TK=used_TK), state

@@ -1,0 +1,164 @@
+"""Calibrated: operations priced by what was measured on the device itself.
+
+Work of one rank is a sum of non-negative coefficients times the features below (launch, rows, bytes, …);
+copies and collectives, whose bandwidth depends on size, follow the measured curve.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cost_models.ops import AllToAll, Combine, Experts, Gate, MemoryCopy, Operation, Permute, Regroup, Route
+from cost_models.profile import Curve, Profile
+from traces.errors import InputError
+
+Features = Mapping[str, NDArray[np.float64]]
+
+
+def _gate(op: Gate) -> Features:
+    return {"call": np.ones(np.shape(op.tokens_X)), "token": op.tokens_X}
+
+
+def _route(op: Route) -> Features:
+    pairs_X = np.asarray(op.tokens_X * op.width, dtype=np.float64)
+    features = {"call": np.ones_like(pairs_X), "token": op.tokens_X, "pair": pairs_X}
+    for flag, is_on in {
+        "dynamic": op.dynamic,
+        "position": op.capacity == "position",
+        "probs": op.capacity == "probs",
+        "replicas": op.replicas,
+    }.items():
+        features[f"{flag} call"] = np.full_like(pairs_X, is_on)
+        features[f"{flag} pair"] = pairs_X * is_on
+    features["probs sort"] = features["probs pair"] * np.log2(np.maximum(pairs_X, 2))
+    return features
+
+
+def _permute(op: Permute) -> Features:
+    sorting_X = op.pairs_X * np.log2(np.maximum(op.pairs_X, 2))
+    return {"call": np.ones(np.shape(op.rows_X)), "sort": sorting_X, "byte": op.rows_X * op.row_bytes}
+
+
+def _regroup(op: Regroup) -> Features:
+    call_X = np.ones(np.shape(op.rows_X))
+    return {"call": call_X, "segment": call_X * op.segments, "byte": op.rows_X * op.row_bytes}
+
+
+def _experts(op: Experts) -> Features:
+    rows_XS = np.asarray(op.rows_XS, dtype=np.float64)
+    call_X = np.ones(rows_XS.shape[:-1])
+    return {
+        "call": call_X,
+        "active expert": (rows_XS > 0).sum(axis=-1),
+        "row": rows_XS.sum(axis=-1),
+        # Small products run below full speed: the first rows of each expert cost more than the later ones.
+        "first 16 rows": np.minimum(rows_XS, 16).sum(axis=-1),
+        "first 128 rows": np.minimum(rows_XS, 128).sum(axis=-1),
+    }
+
+
+def _combine(op: Combine) -> Features:
+    return {
+        "call": np.ones(np.shape(op.rows_X)),
+        "token byte": op.tokens_X * op.row_bytes,
+        "row byte": op.rows_X * op.row_bytes,
+    }
+
+
+_FEATURES: dict[type, Callable[[Any], Features]] = {
+    Gate: _gate,
+    Route: _route,
+    Permute: _permute,
+    Regroup: _regroup,
+    Experts: _experts,
+    Combine: _combine,
+}
+LINEAR = tuple(_FEATURES)
+
+
+def features(operation: Operation) -> Features:
+    """Feature values by name, each of shape X, of an operation with a linear cost."""
+    return _FEATURES[type(operation)](operation)
+
+
+def shape_of(operation: Operation) -> dict[str, float]:
+    """The widths that an operation's coefficients hold for; another width needs another calibration."""
+    match operation:
+        case Gate(hidden=hidden, experts=experts):
+            return {"hidden": hidden, "experts": experts}
+        case Experts():
+            return {
+                "hidden": operation.hidden,
+                "expert_hidden": operation.expert_hidden,
+                "matrices": operation.matrices,
+                "weight_bytes": operation.weight_bytes,
+            }
+        case _:
+            return {}
+
+
+def curve_bytes(operation: MemoryCopy | AllToAll, *, full_duplex: bool) -> NDArray[np.float64]:
+    """The size that an operation's curve is read at, shape X.
+
+    For an all-to-all: what the busiest rank exchanges with the others, the larger of bytes sent and received if the
+    link is `full_duplex`, else their mean.
+    """
+    if isinstance(operation, MemoryCopy):
+        return np.asarray(operation.bytes_X, dtype=np.float64)
+    remote_XGG = np.asarray(operation.bytes_XGG, dtype=np.float64).copy()
+    diagonal = np.arange(remote_XGG.shape[-1])
+    remote_XGG[..., diagonal, diagonal] = 0
+    sent_XG, received_XG = remote_XGG.sum(axis=-1), remote_XGG.sum(axis=-2)
+    busy_XG = np.maximum(sent_XG, received_XG) if full_duplex else (sent_XG + received_XG) / 2
+    return np.asarray(busy_XG.max(axis=-1))
+
+
+class Calibrated:
+    """Prices operations by a fitted profile."""
+
+    def __init__(self, profile: Profile) -> None:
+        self._profile = profile
+
+    @property
+    def name(self) -> str:
+        """For reports."""
+        return f"calibrated on {self._profile.device_name}"
+
+    def seconds(self, operation: Operation) -> NDArray[np.float64]:
+        """Seconds for each operation: shape X. `InputError` if the profile does not cover it."""
+        if isinstance(operation, MemoryCopy | AllToAll):
+            return self._on_curve(operation)
+        name = type(operation).__name__
+        fitted = self._profile.linear.get(name)
+        if fitted is None:
+            raise InputError(f"profile of {self._profile.device_name} has no {name}; run moeroute calibrate")
+        if fitted.shape != shape_of(operation):
+            raise InputError(
+                f"profile of {self._profile.device_name} was measured for {name} of {fitted.shape}, "
+                f"the model has {shape_of(operation)}; calibrate for this model or price it on the datasheet"
+            )
+        values = features(operation)
+        terms = [fitted.coefficients[feature] * np.asarray(value) for feature, value in values.items()]
+        return np.asarray(sum(terms), dtype=np.float64)
+
+    def _on_curve(self, operation: MemoryCopy | AllToAll) -> NDArray[np.float64]:
+        name = type(operation).__name__
+        curve = self._profile.curves.get(name)
+        if curve is None:
+            raise InputError(f"profile of {self._profile.device_name} has no {name}; run moeroute calibrate")
+        if isinstance(operation, AllToAll) and np.shape(operation.bytes_XGG)[-1] != self._profile.ranks:
+            raise InputError(
+                f"profile of {self._profile.device_name} was measured on {self._profile.ranks} ranks, "
+                f"the cluster has {np.shape(operation.bytes_XGG)[-1]}; calibrate on as many"
+            )
+        return read_curve(curve, curve_bytes(operation, full_duplex=curve.full_duplex))
+
+
+def read_curve(curve: Curve, bytes_X: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Interpolate a measured curve on logarithmic axes; beyond its ends, flat below and in proportion above."""
+    smallest, largest = curve.bytes[0], curve.bytes[-1]
+    inside_X = np.clip(bytes_X, smallest, largest)
+    seconds_X = np.exp(np.interp(np.log(inside_X), np.log(curve.bytes), np.log(curve.seconds)))
+    return np.asarray(seconds_X * np.maximum(bytes_X / largest, 1.0))

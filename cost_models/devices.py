@@ -1,0 +1,95 @@
+"""Devices: what a vendor's datasheet says of one GPU, decimal units, dense (not sparse) peaks, one direction."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from cost_models.units import GB, TB, TFLOP
+from traces.errors import InputError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Device:
+    """One rank's accelerator.
+
+    `peak_flops` FLOP/s by bytes an element of the weights (2: bf16, 1: fp8, 0.5: fp4); `memory_bytes`;
+    `memory_bandwidth` bytes/s; `scale_up` and `scale_out` bytes/s to the other ranks of its node (NVLink)
+    and to other nodes (its NIC), one direction; `ranks_per_node` in the scale-up domain.
+    """
+
+    name: str
+    memory_bytes: float
+    memory_bandwidth: float
+    peak_flops: Mapping[float, float]
+    scale_up: float
+    scale_out: float
+    ranks_per_node: int
+
+    def peak(self, weight_bytes: float) -> float:
+        """FLOP/s for weights of `weight_bytes` an element: the narrowest type that is wide enough."""
+        wide_enough = [width for width in sorted(self.peak_flops) if width >= min(weight_bytes, max(self.peak_flops))]
+        return self.peak_flops[wide_enough[0]]
+
+
+def _h100(name: str, *, memory_bytes: float, memory_bandwidth: float, scale_up: float) -> Device:
+    return Device(
+        name=name,
+        memory_bytes=memory_bytes,
+        memory_bandwidth=memory_bandwidth,
+        peak_flops={2: 989 * TFLOP, 1: 1978 * TFLOP},
+        scale_up=scale_up,
+        scale_out=50 * GB,
+        ranks_per_node=8,
+    )
+
+
+DEVICES = {
+    device.name: device
+    for device in (
+        Device(
+            name="a100_sxm",
+            memory_bytes=85.9 * GB,
+            memory_bandwidth=2.039 * TB,
+            peak_flops={2: 312 * TFLOP},
+            scale_up=300 * GB,
+            scale_out=25 * GB,
+            ranks_per_node=8,
+        ),
+        _h100("h100_sxm", memory_bytes=85.9 * GB, memory_bandwidth=3.35 * TB, scale_up=450 * GB),
+        _h100("h200_sxm", memory_bytes=151 * GB, memory_bandwidth=4.8 * TB, scale_up=450 * GB),
+        _h100("h800_sxm", memory_bytes=85.9 * GB, memory_bandwidth=3.35 * TB, scale_up=200 * GB),
+        Device(
+            name="b200_sxm",
+            memory_bytes=193 * GB,
+            memory_bandwidth=7.7 * TB,
+            peak_flops={2: 2250 * TFLOP, 1: 4500 * TFLOP, 0.5: 9000 * TFLOP},
+            scale_up=900 * GB,
+            scale_out=100 * GB,
+            ranks_per_node=8,
+        ),
+        Device(
+            name="gb200",
+            memory_bytes=198.7 * GB,
+            memory_bandwidth=8 * TB,
+            peak_flops={2: 2500 * TFLOP, 1: 5000 * TFLOP, 0.5: 10000 * TFLOP},
+            scale_up=900 * GB,
+            scale_out=100 * GB,
+            ranks_per_node=72,
+        ),
+        Device(
+            name="l40s",
+            memory_bytes=48.3 * GB,
+            memory_bandwidth=864 * GB,
+            peak_flops={2: 362 * TFLOP, 1: 733 * TFLOP},
+            scale_up=32 * GB,
+            scale_out=50 * GB,
+            ranks_per_node=8,
+        ),
+    )
+}
+
+
+def device(name: str) -> Device:
+    """The datasheet of `name`; `InputError` lists the known ones."""
+    if name not in DEVICES:
+        raise InputError(f"unknown gpu {name!r}; known are {', '.join(DEVICES)}")
+    return DEVICES[name]

@@ -1,0 +1,90 @@
+"""Profile: what a calibration found, as the JSON file that is kept."""
+
+import json
+from pathlib import Path
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from traces.errors import InputError
+from traces.files import write_json
+
+FORMAT_VERSION = 1
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class LinearFit(_Strict):
+    """Seconds by feature, for operations of one shape."""
+
+    shape: dict[str, float]
+    coefficients: dict[str, float]
+
+
+class Curve(_Strict):
+    """Seconds at measured sizes, both ascending.
+
+    `full_duplex` says how an all-to-all's size is counted: a link that sends while it receives is as busy as its
+    busier direction; a host that copies both ways itself is as busy as the mean of the two.
+    """
+
+    full_duplex: bool = True
+    bytes: list[float]
+    seconds: list[float]
+
+
+class FitError(_Strict):
+    """Absolute errors, as fractions of the measured time, over `cases` sizes that were not fitted."""
+
+    mape: float
+    median_ape: float
+    cases: int
+
+
+class Profile(_Strict):
+    """Fitted costs of one device, by operation, with their errors on held-out sizes.
+
+    `probe_s` is what one fixed expert MLP took before and after the measurements: their ratio shows how far the
+    machine drifted in between. `load_average` is the host's over the last minute at the end.
+    """
+
+    format_version: int = FORMAT_VERSION
+    device: str
+    device_name: str
+    ranks: int
+    linear: dict[str, LinearFit]
+    curves: dict[str, Curve]
+    errors: dict[str, FitError]
+    probe_s: tuple[float, float] = Field(description="before, after")
+    load_average: float
+
+    @property
+    def mape(self) -> float:
+        """Mean absolute error over all held-out sizes of all operations, as a fraction."""
+        cases = sum(error.cases for error in self.errors.values())
+        return sum(error.mape * error.cases for error in self.errors.values()) / cases
+
+    def write(self, path: Path) -> None:
+        """Write the profile as JSON, whole or not at all."""
+        write_json(path, self.model_dump())
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read a profile; `InputError` says what is wrong with the file."""
+        try:
+            document = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise InputError(f"{path}: no such profile; make one with moeroute calibrate -o {path.parent}") from error
+        except ValueError as error:
+            raise InputError(f"{path}: not a JSON file ({error}); run moeroute calibrate again") from error
+        version = document.get("format_version") if isinstance(document, dict) else None
+        if version != FORMAT_VERSION:
+            raise InputError(f"{path}: profile format {version}, this moeroute reads {FORMAT_VERSION}; calibrate again")
+        try:
+            return cls.model_validate(document)
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(map(str, first["loc"]))
+            raise InputError(f"{path}: {field}: {first['msg'].lower()}; run moeroute calibrate again") from error

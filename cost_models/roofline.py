@@ -1,0 +1,64 @@
+"""Roofline: what a datasheet allows. The larger of FLOPs at peak and bytes at full memory bandwidth.
+
+No launch, no latency and no loss of efficiency: a lower bound, named so wherever its figures appear.
+Weights of every *active* expert are read once; rows are read and written once.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cost_models.cluster import Cluster
+from cost_models.ops import AllToAll, Combine, Experts, Gate, MemoryCopy, Operation, Permute, Regroup, Route
+from traces.errors import InputError
+
+_SCORE_BYTES = 4  # routers score in float32
+
+
+class Roofline:
+    """Prices operations on the datasheet of a cluster's device and links."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        if cluster.device is None:
+            raise InputError(f"{cluster.name} has no datasheet; calibrate it and name the profile")
+        self._cluster = cluster
+        self._device = cluster.device
+
+    @property
+    def name(self) -> str:
+        """For reports."""
+        return f"datasheet bound of {self._device.name}"
+
+    def seconds(self, operation: Operation) -> NDArray[np.float64]:
+        """Seconds for each operation: shape X."""
+        if isinstance(operation, AllToAll):
+            bytes_XGG = np.asarray(operation.bytes_XGG, dtype=np.float64)
+            flat = bytes_XGG.reshape(-1, *bytes_XGG.shape[-2:])
+            return np.array([self._cluster.all_to_all_s(b_GG) for b_GG in flat]).reshape(bytes_XGG.shape[:-2])
+        flops, moved_bytes, weight_bytes = _flops_and_bytes(operation)
+        compute_s = flops / self._device.peak(weight_bytes)
+        return np.maximum(compute_s, moved_bytes / self._device.memory_bandwidth)
+
+
+def _flops_and_bytes(operation: Operation) -> tuple[NDArray[np.float64], NDArray[np.float64], float]:
+    """FLOPs and bytes of each operation, shape X, and the bytes an element of what is multiplied."""
+    zero = np.float64(0)
+    match operation:
+        case Gate(tokens_X=tokens_X, hidden=hidden, experts=experts):
+            flops = 2.0 * tokens_X * hidden * experts
+            return flops, 2.0 * tokens_X * (hidden + experts) + 2.0 * hidden * experts, 2
+        case Route(tokens_X=tokens_X, width=width):
+            return zero * tokens_X, 2.0 * tokens_X * width * _SCORE_BYTES, 2
+        case Permute(rows_X=rows_X, row_bytes=row_bytes) | Regroup(rows_X=rows_X, row_bytes=row_bytes):
+            return zero * rows_X, 2.0 * rows_X * row_bytes, 2
+        case Combine(rows_X=rows_X, tokens_X=tokens_X, row_bytes=row_bytes):
+            return zero * rows_X, 1.0 * (rows_X + tokens_X) * row_bytes, 2
+        case MemoryCopy(bytes_X=bytes_X):
+            return zero * bytes_X, 2.0 * bytes_X, 2
+        case Experts():
+            rows_X = operation.rows_XS.sum(axis=-1)
+            active_X = (operation.rows_XS > 0).sum(axis=-1)
+            parameters = operation.matrices * operation.hidden * operation.expert_hidden
+            moved = active_X * parameters * operation.weight_bytes + 2.0 * rows_X * operation.row_bytes
+            return 2.0 * rows_X * parameters, moved, operation.weight_bytes
+        case AllToAll():
+            raise AssertionError("links, not the device, price an all-to-all")

@@ -1,0 +1,22 @@
+"""Replication: how many slots each expert gets."""
+
+import heapq
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def replicate(load_E: NDArray[np.float64], slots: int) -> NDArray[np.int64]:
+    """How many of `slots` each expert gets: one, and each further one to the largest load per replica.
+
+    >>> replicate(np.array([6.0, 1.0, 3.0]), 5).tolist()
+    [3, 1, 1]
+    """
+    replicas_E = np.ones(load_E.size, dtype=np.int64)
+    heaviest = [(-float(load), expert) for expert, load in enumerate(load_E)]
+    heapq.heapify(heaviest)
+    for _ in range(slots - load_E.size):
+        _, expert = heaviest[0]
+        replicas_E[expert] += 1
+        heapq.heapreplace(heaviest, (-float(load_E[expert]) / int(replicas_E[expert]), expert))
+    return replicas_E
