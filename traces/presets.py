@@ -1,0 +1,123 @@
+"""Published model shapes, for traces that do not carry their model's `config.json`."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from traces.errors import InputError
+from traces.model import ModelSpec
+
+_GPT_OSS = {
+    "hidden_size": 2880,
+    "intermediate_size": 2880,
+    "num_experts_per_tok": 4,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "vocab_size": 201088,
+}
+_QWEN3 = {
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "norm_topk_prob": True,
+}
+
+# By preset: the numbers of the model's config.json that its shape depends on, and where they are from.
+_CONFIGS: dict[str, Mapping[str, Any]] = {
+    # huggingface.co/openai/gpt-oss-20b
+    "gpt-oss-20b": {**_GPT_OSS, "num_hidden_layers": 24, "num_local_experts": 32},
+    # huggingface.co/openai/gpt-oss-120b
+    "gpt-oss-120b": {**_GPT_OSS, "num_hidden_layers": 36, "num_local_experts": 128},
+    # huggingface.co/mistralai/Mixtral-8x7B-v0.1
+    "mixtral-8x7b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 32000,
+    },
+    # huggingface.co/Qwen/Qwen3-30B-A3B
+    "qwen3-30b-a3b": {
+        **_QWEN3,
+        "hidden_size": 2048,
+        "moe_intermediate_size": 768,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 32,
+    },
+    # huggingface.co/Qwen/Qwen3-235B-A22B
+    "qwen3-235b-a22b": {
+        **_QWEN3,
+        "hidden_size": 4096,
+        "moe_intermediate_size": 1536,
+        "num_hidden_layers": 94,
+        "num_attention_heads": 64,
+    },
+    # huggingface.co/deepseek-ai/DeepSeek-V3
+    "deepseek-v3": {
+        "hidden_size": 7168,
+        "intermediate_size": 18432,
+        "moe_intermediate_size": 2048,
+        "num_hidden_layers": 61,
+        "first_k_dense_replace": 3,
+        "n_routed_experts": 256,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 8,
+        "num_attention_heads": 128,
+        "q_lora_rank": 1536,
+        "kv_lora_rank": 512,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 128,
+        "vocab_size": 129280,
+        "norm_topk_prob": True,
+    },
+    # huggingface.co/allenai/OLMoE-1B-7B-0924
+    "olmoe-1b-7b": {
+        "hidden_size": 2048,
+        "intermediate_size": 1024,
+        "num_hidden_layers": 16,
+        "num_experts": 64,
+        "num_experts_per_tok": 8,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "vocab_size": 50304,
+        "norm_topk_prob": False,
+    },
+    # CMU-FLAME/FLAME-MoE, its Megatron options for 290M-1.3B in Hugging Face's words (arXiv 2505.20225)
+    "flame-moe-290m": {
+        "hidden_size": 1024,
+        "intermediate_size": 5472,
+        "moe_intermediate_size": 704,
+        "num_hidden_layers": 9,
+        "first_k_dense_replace": 1,
+        "n_routed_experts": 64,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": 6,
+        "num_attention_heads": 16,
+        "vocab_size": 50304,
+        "norm_topk_prob": False,
+    },
+}
+
+# Bytes an element of the published expert weights, where it is not bfloat16. MXFP4 is 4 bits and one
+# 8-bit scale for 32 elements (OCP Microscaling v1.0): 4.25 bits.
+_WEIGHT_BYTES = {"gpt-oss-20b": 4.25 / 8, "gpt-oss-120b": 4.25 / 8, "deepseek-v3": 1.0}
+
+PRESETS: dict[str, ModelSpec] = {
+    name: replace(ModelSpec.from_hf_config(config, name=name), weight_bytes=_WEIGHT_BYTES.get(name, 2.0))
+    for name, config in _CONFIGS.items()
+}
+"""The model of each preset name."""
+
+
+def preset(name: str) -> ModelSpec:
+    """The published model called `name`; `InputError` lists the known ones."""
+    if name not in PRESETS:
+        raise InputError(f"unknown model {name!r}; known are {', '.join(PRESETS)}")
+    return PRESETS[name]
