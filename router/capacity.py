@@ -29,7 +29,7 @@ class Capacity:
         >>> Capacity(factor=1.25).pairs_per_expert(tokens=64, k=2, experts=16)
         10
         """
-        return math.ceil(self.factor * tokens * k / experts)
+        return math.ceil(tokens * k / experts * self.factor)  # in the order that Megatron rounds
 
     def limit(self, assignment: Assignment, candidates: Candidates, context: RouteContext) -> Assignment:
         """Drop the kept pairs that exceed the capacity of their expert in their scope."""

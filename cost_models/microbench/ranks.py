@@ -5,11 +5,14 @@ rank: more of them fight for the same cores and make every time a multiple of th
 """
 
 import os
+import pickle
 import signal
 import sys
 import tempfile
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -24,6 +27,9 @@ Payload = TypeVar("Payload")
 Result = TypeVar("Result")
 
 DEVICES = ("cpu", "cuda")
+# Keep freed memory, as the caching allocator of a GPU does: buffers of a few MB that come and go every step would
+# otherwise be mapped and faulted in each time, which takes longer than to fill them.
+_KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 * 2**20), "MALLOC_TRIM_THRESHOLD_": str(2**30)}
 _BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 
 
@@ -77,6 +83,7 @@ def run_on_ranks(
     with tempfile.TemporaryDirectory(prefix="moeroute-") as folder:
         store = Path(folder, "rendezvous").as_uri()
         processes, pipes = [], []
+        os.environ.update(_KEEP_MEMORY)  # read by the C library when a process starts
         for rank in range(ranks):
             ours, theirs = context.Pipe(duplex=False)
             process = context.Process(
@@ -95,21 +102,23 @@ def run_on_ranks(
                 process.join()
 
 
-def _collect(pipes: list[Connection]) -> Any:
+def _collect(pipes: "Sequence[Connection[Any, bytes]]") -> Any:
     """Rank 0's result, once every rank has ended well."""
-    result, waiting = None, list(pipes)
+    result, waiting = None, {pipe: rank for rank, pipe in enumerate(pipes)}
     while waiting:
-        for pipe in wait(waiting):
-            rank = pipes.index(pipe)  # type: ignore[arg-type]  # wait gives back what it was given
+        failures = []
+        for pipe in wait(list(waiting)):
+            rank = waiting.pop(pipe)  # type: ignore[call-overload]  # wait gives back what it was given
             try:
-                ok, value = pipes[rank].recv()
+                failed_at, value = pickle.loads(pipe.recv_bytes())  # type: ignore[union-attr]
             except EOFError:
-                ok, value = False, "it was killed"
-            if not ok:
-                raise DeviceError(f"rank {rank} of {len(pipes)} failed: {value}")
-            if rank == 0:
+                failed_at, value = 0.0, "it was killed"  # which no other rank's failure can bring about
+            if failed_at is not None:
+                failures.append((failed_at, f"rank {rank} of {len(pipes)} failed: {value}"))
+            elif rank == 0:
                 result = value
-            waiting.remove(pipes[rank])
+        if failures:  # the others fail because the first has left them
+            raise DeviceError(min(failures)[1])
     return result
 
 
@@ -120,18 +129,34 @@ def _run_rank(
     ranks: int,
     device: str,
     store: str,
-    pipe: Connection,
+    pipe: "Connection[bytes, Any]",
 ) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted too, and ends its ranks
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks are on this host, whatever its name resolves to
+
+    told = False
+
+    def tell(failed_at: float | None, value: Any) -> None:
+        nonlocal told
+        # Pickled by value: what torch would share is gone when this process is.
+        pipe.send_bytes(pickle.dumps((failed_at, value)))
+        told = True
+
+    def tell_failure(error: Exception) -> None:
+        tell(time.monotonic(), f"{type(error).__name__}: {error}".splitlines()[0])
+
     try:
-        result = _join(worker, payload, rank, ranks, device, rank, init_method=store)
-        pipe.send((True, result if rank == 0 else None))
+        with _joined(rank, ranks, device, rank, init_method=store) as group:
+            try:
+                result = worker(group, payload)
+                tell(None, result if rank == 0 else None)
+            except Exception as error:
+                tell_failure(error)  # before the group is left, which the other ranks fail at
+                raise
     except Exception as error:
         traceback.print_exc()
-        pipe.send((False, f"{type(error).__name__}: {error}".splitlines()[0]))
-    finally:
-        pipe.close()
+        if not told:  # it could not even join
+            tell_failure(error)
 
 
 def _run_under_torchrun(
@@ -140,27 +165,21 @@ def _run_under_torchrun(
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if world != ranks:
         raise DeviceError(f"torchrun started {world} ranks, the scenario has {ranks}; start as many")
-    result = _join(worker, payload, rank, ranks, device, int(os.environ["LOCAL_RANK"]), init_method="env://")
+    with _joined(rank, ranks, device, int(os.environ["LOCAL_RANK"]), init_method="env://") as group:
+        result = worker(group, payload)
     if rank != 0:
         sys.exit(0)
     return result
 
 
-def _join(
-    worker: Callable[[RankGroup, Payload], Result],
-    payload: Payload,
-    rank: int,
-    ranks: int,
-    device: str,
-    local_rank: int,
-    init_method: str,
-) -> Result:
+@contextmanager
+def _joined(rank: int, ranks: int, device: str, local_rank: int, init_method: str) -> Iterator[RankGroup]:
     torch.set_num_threads(1)
     on = torch.device(device, local_rank) if device == "cuda" else torch.device(device)
     if device == "cuda":
         torch.cuda.set_device(on)
     dist.init_process_group(_BACKENDS[device], init_method=init_method, rank=rank, world_size=ranks)
     try:
-        return worker(RankGroup(rank=rank, ranks=ranks, device=on), payload)
+        yield RankGroup(rank=rank, ranks=ranks, device=on)
     finally:
         dist.destroy_process_group()

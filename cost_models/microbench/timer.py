@@ -14,17 +14,22 @@ import torch
 Clock = Literal["compute", "wall"]
 
 
-def seconds_of_each(call: Callable[[], object], repeats: int, device: torch.device, clock: Clock) -> list[float]:
-    """Seconds of each of `repeats` calls, after none to warm up."""
-    if device.type == "cuda":
-        return [_cuda_s(call) for _ in range(repeats)]
-    now_ns = time.thread_time_ns if clock == "compute" else time.perf_counter_ns
+def seconds_of_each(
+    call: Callable[[], object], repeats: int, device: torch.device, clock: Clock, between: Callable[[], object]
+) -> list[float]:
+    """Seconds of each of `repeats` calls; `between` runs before each and is not counted."""
     seconds = []
     for _ in range(repeats):
-        start_ns = now_ns()
-        call()
-        seconds.append((now_ns() - start_ns) * 1e-9)
+        between()
+        seconds.append(_cuda_s(call) if device.type == "cuda" else _cpu_s(call, clock))
     return seconds
+
+
+def _cpu_s(call: Callable[[], object], clock: Clock) -> float:
+    now_ns = time.thread_time_ns if clock == "compute" else time.perf_counter_ns
+    start_ns = now_ns()
+    call()
+    return (now_ns() - start_ns) * 1e-9
 
 
 def _cuda_s(call: Callable[[], object]) -> float:

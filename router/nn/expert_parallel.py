@@ -18,6 +18,7 @@ from router.context import RouteContext, State
 from router.placement.base import Placement
 from router.policies import RoutingPolicy
 from router.replicas import ReplicaChoice, choose_slots
+from traces.errors import InputError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +29,15 @@ class MoEWeights:
     w_gate_EFD: torch.Tensor
     w_up_EFD: torch.Tensor
     w_down_EDF: torch.Tensor
+
+    def to(self, device: torch.device) -> "MoEWeights":
+        """The same weights on `device`."""
+        return MoEWeights(
+            gate_ED=self.gate_ED.to(device),
+            w_gate_EFD=self.w_gate_EFD.to(device),
+            w_up_EFD=self.w_up_EFD.to(device),
+            w_down_EDF=self.w_down_EDF.to(device),
+        )
 
     def of_experts(self, expert_S: torch.Tensor) -> "MoEWeights":
         """The same layer with only the experts `expert_S`, in that order: what a rank holds."""
@@ -55,6 +65,14 @@ class Stopwatch:
         self._last = now
 
 
+def check_runnable(policy: RoutingPolicy, ranks: int) -> None:
+    """Raise `InputError` for a policy that only a simulator, which sees all tokens at once, can follow."""
+    if policy.capacity is not None and policy.capacity.scope == "global" and ranks > 1:
+        raise InputError(
+            "capacity.scope global: a real rank knows only its own tokens; use scope source_rank, or simulate only"
+        )
+
+
 class ExpertParallelMoE:
     """The MoE layers of a model as one rank of a group runs them: it holds the experts of its slots."""
 
@@ -68,6 +86,7 @@ class ExpertParallelMoE:
         replica_choice: ReplicaChoice,
         renormalise: bool,
     ) -> None:
+        check_runnable(policy, group.ranks)
         self._group = group
         self._placement = placement
         self._policy = policy

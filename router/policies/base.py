@@ -16,6 +16,12 @@ from router.context import RouteContext, State
 from traces.errors import InputError
 
 
+def check_count(policy: str, name: str, value: int) -> None:
+    """Raise `InputError` unless a parameter that counts experts is a whole number of at least 1."""
+    if not isinstance(value, int) or value < 1:
+        raise InputError(f"policy {policy}: {name} is {value}; it must be a whole number of at least 1")
+
+
 class Selection(ABC):
     """Chooses experts for each token from its candidates; knows nothing of capacity."""
 
@@ -40,6 +46,10 @@ class Selection(ABC):
         xp = namespace(best.probs_TC)
         used_TK = self.use(best.probs_TC)
         scores_TK = xp.where(used_TK, best.probs_TC, xp.zeros_like(best.probs_TC))
-        weights_TK = scores_TK / xp.sum(scores_TK, axis=-1, keepdims=True) if context.renormalise else scores_TK
+        weights_TK = scores_TK
+        if context.renormalise:
+            total_T1 = xp.sum(scores_TK, axis=-1, keepdims=True)
+            # A sigmoid gate can be recorded as 0 for all of a token's experts; they then weigh nothing.
+            weights_TK = scores_TK / xp.where(total_T1 > 0, total_T1, xp.ones_like(total_T1))
         ids_TK = xp.where(used_TK, best.ids_TC, xp.full_like(best.ids_TC, UNUSED))
         return Assignment(ids_TK=ids_TK, scores_TK=scores_TK, weights_TK=weights_TK, kept_TK=used_TK), state

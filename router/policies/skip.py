@@ -1,10 +1,12 @@
 """Expert skipping: leave out the experts whose gate is small beside the token's best."""
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 from router.backends import Array
-from router.policies.base import Selection
+from router.policies.base import Selection, check_count
+from traces.errors import InputError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,6 +20,11 @@ class Skip(Selection):
     name: ClassVar[str] = "skip"
     threshold: float
     k_max: int
+
+    def __post_init__(self) -> None:
+        check_count("skip", "k_max", self.k_max)
+        if not 0 <= self.threshold < math.inf:
+            raise InputError(f"policy skip: threshold is {self.threshold}; it must be 0 or more")
 
     @property
     def width(self) -> int:

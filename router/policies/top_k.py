@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from router.backends import Array, namespace
-from router.policies.base import Selection
+from router.policies.base import Selection, check_count
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -13,6 +13,9 @@ class TopK(Selection):
 
     name: ClassVar[str] = "top_k"
     k: int
+
+    def __post_init__(self) -> None:
+        check_count("top_k", "k", self.k)
 
     @property
     def width(self) -> int:

@@ -1,0 +1,187 @@
+"""A byte-level transformer language model with a mixture of experts in every block."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from router.assignment import Assignment
+from router.context import RouteContext, State
+from router.nn.moe import MoELayer, TrainingRule
+from router.policies import RoutingPolicy
+from router.policies.top_k import TopK
+from traces.errors import InputError
+from traces.model import ModelSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LanguageModelConfig:
+    """The model's shape: widths in elements, `context` in bytes of text (one byte is one token)."""
+
+    hidden: int = 128
+    layers: int = 4
+    heads: int = 4
+    experts: int = 16
+    expert_hidden: int = 128
+    top_k: int = 4
+    context: int = 128
+    vocab: int = 256
+
+    def __post_init__(self) -> None:
+        if self.hidden % (2 * self.heads):
+            raise InputError(f"hidden ({self.hidden}) must be a multiple of twice the heads ({self.heads})")
+        if not 1 <= self.top_k <= self.experts:
+            raise InputError(f"top_k is {self.top_k}; with {self.experts} experts use 1 to {self.experts}")
+
+    @property
+    def policy(self) -> RoutingPolicy:
+        """The policy that the model was trained for, without a capacity."""
+        return RoutingPolicy(selection=TopK(k=self.top_k))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoutedStep:
+    """What one step of the model under a policy gave: `logits_BSV`, and an assignment and a next state a layer."""
+
+    logits_BSV: Tensor
+    assignments: tuple[Assignment, ...]
+    states: tuple[State, ...]
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary positions (arXiv 2104.09864)."""
+
+    def __init__(self, config: LanguageModelConfig) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.w_qkv = nn.Linear(config.hidden, 3 * config.hidden, bias=False)
+        self.w_out = nn.Linear(config.hidden, config.hidden, bias=False)
+
+    def forward(self, x_BSD: Tensor, turn_2SX: Tensor) -> Tensor:
+        """[B, S, D] to [B, S, D]; `turn_2SX` holds the cosines and sines of `rotary`."""
+        batch, length, hidden = x_BSD.shape
+        qkv_3BHSX = self.w_qkv(x_BSD).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        q_ASX, k_ASX = _rotate(qkv_3BHSX[:2], turn_2SX).flatten(1, 2)
+        v_ASX = qkv_3BHSX[2].flatten(0, 1)
+        # Written out: scaled_dot_product_attention and its backward take 5 times as long in bfloat16 (measured, CPU).
+        future_SS = torch.full((length, length), -torch.inf, dtype=q_ASX.dtype, device=q_ASX.device).triu(1)
+        scores_ASS = torch.baddbmm(future_SS, q_ASX, k_ASX.mT, alpha=q_ASX.shape[-1] ** -0.5)
+        out_ASX = torch.bmm(torch.softmax(scores_ASS, dim=-1, dtype=q_ASX.dtype), v_ASX)
+        out_BSHX = out_ASX.view(batch, self.heads, length, -1).transpose(1, 2)
+        out_BSD: Tensor = self.w_out(out_BSHX.reshape(batch, length, hidden))
+        return out_BSD
+
+
+class Block(nn.Module):
+    """Attention, then the mixture of experts, each on normalised input and added to the residual stream."""
+
+    def __init__(self, config: LanguageModelConfig) -> None:
+        super().__init__()
+        self.norm_attention = nn.RMSNorm(config.hidden)
+        self.attention = Attention(config)
+        self.norm_moe = nn.RMSNorm(config.hidden)
+        self.moe = MoELayer(hidden=config.hidden, expert_hidden=config.expert_hidden, experts=config.experts)
+
+
+class LanguageModel(nn.Module):
+    """Predicts the next byte. `blocks[l].moe` is MoE layer l."""
+
+    turn_2SX: Tensor
+
+    def __init__(self, config: LanguageModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab, config.hidden)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = nn.RMSNorm(config.hidden)
+        self.head = nn.Linear(config.hidden, config.vocab, bias=False)
+        self.register_buffer("turn_2SX", _rotary(config.context, config.hidden // config.heads), persistent=False)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        for block in self._blocks():  # the residual stream starts small however many layers add to it
+            nn.init.normal_(block.attention.w_out.weight, std=config.hidden**-0.5 / (2 * config.layers) ** 0.5)
+            with torch.no_grad():
+                block.moe.w_down_EDF.div_((2 * config.layers) ** 0.5)
+
+    @property
+    def moe_layers(self) -> tuple[MoELayer, ...]:
+        """The mixture of experts of each block."""
+        return tuple(block.moe for block in self._blocks())
+
+    def forward(self, tokens_BS: Tensor, rule: TrainingRule) -> tuple[Tensor, Tensor]:
+        """The training path: (logits [B, S, V], the sum of the layers' balance losses)."""
+        x_BSD = self.embedding(tokens_BS)
+        balance_loss = torch.zeros((), device=x_BSD.device)
+        for block in self._blocks():
+            x_BSD = x_BSD + block.attention(block.norm_attention(x_BSD), self.turn_2SX[:, : tokens_BS.shape[1]])
+            out_TD, layer_loss = block.moe(block.norm_moe(x_BSD).flatten(0, 1), rule)
+            x_BSD = x_BSD + out_TD.view(x_BSD.shape)
+            balance_loss = balance_loss + layer_loss
+        return self.head(self.norm(x_BSD)), balance_loss
+
+    @torch.no_grad()
+    def routed(
+        self,
+        tokens_BS: Tensor,
+        policy: RoutingPolicy,
+        *,
+        source_rank_T: Tensor | None = None,
+        ranks: int = 1,
+        states: Sequence[State] | None = None,
+    ) -> RoutedStep:
+        """One step of all B * S tokens under `policy`: only the pairs it keeps are computed.
+
+        `source_rank_T` says which of `ranks` holds each token (all of them rank 0 if it is None), `states` what the
+        policy remembers in each layer (nothing if it is None).
+        """
+        x_BSD = self.embedding(tokens_BS)
+        if source_rank_T is None:
+            source_rank_T = torch.zeros(tokens_BS.numel(), dtype=torch.int64, device=tokens_BS.device)
+        assignments, next_states = [], []
+        for layer, block in enumerate(self._blocks()):
+            x_BSD = x_BSD + block.attention(block.norm_attention(x_BSD), self.turn_2SX[:, : tokens_BS.shape[1]])
+            context = RouteContext(layer=layer, ranks=ranks, renormalise=True)
+            out_TD, assignment, state = block.moe.routed(
+                block.norm_moe(x_BSD).flatten(0, 1), policy, context, source_rank_T, states[layer] if states else {}
+            )
+            x_BSD = x_BSD + out_TD.view(x_BSD.shape)
+            assignments.append(assignment)
+            next_states.append(state)
+        logits_BSV = self.head(self.norm(x_BSD))
+        return RoutedStep(logits_BSV=logits_BSV, assignments=tuple(assignments), states=tuple(next_states))
+
+    def spec(self) -> ModelSpec:
+        """The model as the simulator sees it: float32 weights, activations and key-value cache."""
+        config = self.config
+        expert_parameters = sum(
+            weight.numel() for moe in self.moe_layers for weight in (moe.w_gate_EFD, moe.w_up_EFD, moe.w_down_EDF)
+        )
+        return ModelSpec(
+            name="reference",
+            layers=config.layers,
+            experts=config.experts,
+            top_k=config.top_k,
+            hidden=config.hidden,
+            expert_hidden=config.expert_hidden,
+            other_parameters=sum(weight.numel() for weight in self.parameters()) - expert_parameters,
+            kv_bytes_per_token=2 * config.layers * config.hidden * 4,
+            weight_bytes=4,
+            activation_bytes=4,
+        )
+
+    def _blocks(self) -> list[Block]:
+        return [block for block in self.blocks if isinstance(block, Block)]
+
+
+def _rotary(length: int, width: int) -> Tensor:
+    """Cosines and sines of each position's angles: [2, S, X / 2], for heads of width X."""
+    rate_X = 10_000.0 ** (-torch.arange(0, width, 2) / width)
+    angle_SX = torch.arange(length)[:, None] * rate_X
+    return torch.stack((angle_SX.cos(), angle_SX.sin()))
+
+
+def _rotate(x_BHSX: Tensor, turn_2SX: Tensor) -> Tensor:
+    """Turn each pair (x_i, x_{i + X/2}) by its position's angle."""
+    cos_SX, sin_SX = turn_2SX.to(x_BHSX.dtype)
+    left, right = x_BHSX.chunk(2, dim=-1)
+    return torch.cat((left * cos_SX - right * sin_SX, left * sin_SX + right * cos_SX), dim=-1)

@@ -1,0 +1,143 @@
+"""A measured run: several deployments of the reference model's MoE layers on real ranks, in turn.
+
+Deployments are interleaved round by round, in an order that differs from round to round, so that a machine that drifts
+slows all of them alike.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from cost_models.microbench.benchmark import measure
+from cost_models.microbench.ranks import RankGroup, run_on_ranks
+from router.nn.expert_parallel import ExpertParallelMoE, MoEWeights, check_runnable
+from router.nn.microbench import probe_of
+from router.nn.record import layer_inputs
+from router.nn.store import ReferenceModel
+from router.placement.base import Placement
+from router.policies import RoutingPolicy
+from router.replicas import ReplicaChoice
+from traces.batching import Step
+from traces.model import ModelSpec
+from traces.trace import RoutingTrace
+
+_PROBE_BUDGET_S = 0.1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deployment:
+    """What is deployed: a policy, where the experts are, and which replica computes a pair."""
+
+    policy: RoutingPolicy
+    placement: Placement
+    replica_choice: ReplicaChoice
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeasuredRun:
+    """Seconds of R rounds of J deployments.
+
+    `step_s_RJ`: a step lasts until its slowest rank is done; `step_R`: which step of the trace a round ran.
+    `stage_s_by_deployment`: wall seconds of each stage on rank 0, median over rounds; a collective's include the wait
+    for the other ranks. `probe_s`: what the calibration's probe took just before.
+    """
+
+    step_s_RJ: NDArray[np.float64]
+    step_R: NDArray[np.int64]
+    stage_s_by_deployment: list[dict[str, float]]
+    probe_s: float
+
+    def typical_step_s(self, deployment: int) -> float:
+        """The mean over steps of the median over rounds."""
+        return float(
+            np.mean([np.median(self.step_s_RJ[self.step_R == step, deployment]) for step in np.unique(self.step_R)])
+        )
+
+
+def measure_deployments(
+    reference: ReferenceModel,
+    trace: RoutingTrace,
+    steps: Sequence[Step],
+    deployments: Sequence[Deployment],
+    *,
+    rounds: int,
+    seed: int,
+    device: str,
+) -> MeasuredRun:
+    """Run every deployment once a round on the very tokens of `steps`, each round one step, in turn.
+
+    Errors: `InputError` if the trace is not the reference model's, `DeviceError` if the device is missing.
+    """
+    for deployment in deployments:
+        check_runnable(deployment.policy, deployment.placement.ranks)
+    x_LTD = layer_inputs(reference, trace)
+    plan = _Plan(
+        model=trace.model,
+        layers=[
+            MoEWeights(
+                gate_ED=layer.gate.weight.detach(),
+                w_gate_EFD=layer.w_gate_EFD.detach(),
+                w_up_EFD=layer.w_up_EFD.detach(),
+                w_down_EDF=layer.w_down_EDF.detach(),
+            )
+            for layer in reference.model.moe_layers
+        ],
+        x_by_step_LTD=[x_LTD[:, torch.as_tensor(step.tokens_T)] for step in steps],
+        deployments=list(deployments),
+        rounds=rounds,
+        seed=seed,
+    )
+    return run_on_ranks(_measure_rank, plan, ranks=deployments[0].placement.ranks, device=device)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Plan:
+    """What the ranks are sent: everything of every step; each takes its own tokens and slots."""
+
+    model: ModelSpec
+    layers: list[MoEWeights]
+    x_by_step_LTD: list[torch.Tensor]
+    deployments: list[Deployment]
+    rounds: int
+    seed: int
+
+
+def _measure_rank(group: RankGroup, plan: _Plan) -> MeasuredRun:
+    probe = measure(group, ([probe_of(plan.model, group.ranks)], _PROBE_BUDGET_S))[0]
+    layers = [weights.to(group.device) for weights in plan.layers]
+    models = [
+        ExpertParallelMoE(
+            group=group,
+            layers=layers,
+            placement=deployment.placement,
+            policy=deployment.policy,
+            replica_choice=deployment.replica_choice,
+            renormalise=plan.model.renormalise,
+        )
+        for deployment in plan.deployments
+    ]
+    own_x = [x_LTD.chunk(group.ranks, dim=1)[group.rank].contiguous().to(group.device) for x_LTD in plan.x_by_step_LTD]
+    order = np.random.default_rng(plan.seed)  # the same on every rank
+    step_R = np.arange(plan.rounds) % len(own_x)
+    own_s_RJ = np.zeros((plan.rounds, len(models)))
+    stages: list[list[dict[str, float]]] = [[] for _ in models]
+    with torch.inference_mode():
+        for model in models:
+            model.forward(own_x[0])  # warm up: allocations, connections, code paths
+        for round_, step in enumerate(step_R):
+            for index in order.permutation(len(models)):
+                group.barrier()
+                _, stage_s = models[index].forward(own_x[step])
+                stages[index].append(stage_s)
+                own_s_RJ[round_, index] = sum(stage_s.values())
+    return MeasuredRun(
+        step_s_RJ=np.stack(group.gather(own_s_RJ)).max(axis=0),
+        step_R=step_R,
+        stage_s_by_deployment=[
+            {stage: float(np.median([round_[stage] for round_ in rounds])) for stage in rounds[0]} for rounds in stages
+        ],
+        probe_s=probe.seconds,
+    )
