@@ -140,6 +140,11 @@ class Calibrated:
                 f"the model has {shape_of(operation)}; calibrate for this model or price it on the datasheet"
             )
         values = features(operation)
+        missing = values.keys() - fitted.coefficients.keys()
+        if missing:
+            raise InputError(
+                f"profile of {self._profile.device_name} has nothing for {name}: {min(missing)}; calibrate again"
+            )
         terms = [fitted.coefficients[feature] * np.asarray(value) for feature, value in values.items()]
         return np.asarray(sum(terms), dtype=np.float64)
 
@@ -158,7 +163,7 @@ class Calibrated:
 
 def read_curve(curve: Curve, bytes_X: NDArray[np.float64]) -> NDArray[np.float64]:
     """Interpolate a measured curve on logarithmic axes; beyond its ends, flat below and in proportion above."""
-    smallest, largest = curve.bytes[0], curve.bytes[-1]
-    inside_X = np.clip(bytes_X, smallest, largest)
-    seconds_X = np.exp(np.interp(np.log(inside_X), np.log(curve.bytes), np.log(curve.seconds)))
+    largest = max(curve.bytes[-1], 1.0)
+    log_knots = np.log(np.maximum(curve.bytes, 1.0))  # nothing to send takes as long as a byte
+    seconds_X = np.exp(np.interp(np.log(np.clip(bytes_X, 1.0, largest)), log_knots, np.log(curve.seconds)))
     return np.asarray(seconds_X * np.maximum(bytes_X / largest, 1.0))

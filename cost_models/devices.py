@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from cost_models.units import GB, TB, TFLOP
 from traces.errors import InputError
 
+FP4_WITH_SCALES_BYTES = 0.5625  # 4 bits and an 8-bit scale for every 16 elements (NVFP4); MXFP4 has one for 32
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Device:
@@ -25,9 +27,13 @@ class Device:
     ranks_per_node: int
 
     def peak(self, weight_bytes: float) -> float:
-        """FLOP/s for weights of `weight_bytes` an element: the narrowest type that is wide enough."""
-        wide_enough = [width for width in sorted(self.peak_flops) if width >= min(weight_bytes, max(self.peak_flops))]
-        return self.peak_flops[wide_enough[0]]
+        """FLOP/s for weights of `weight_bytes` an element; what has no peak of its own is unpacked to bf16 first.
+
+        >>> DEVICES["h100_sxm"].peak(1.0) / DEVICES["h100_sxm"].peak(0.53)  # fp8, 4-bit
+        2.0
+        """
+        width = 2.0 if weight_bytes > 1 else 1.0 if weight_bytes > FP4_WITH_SCALES_BYTES else 0.5
+        return self.peak_flops.get(width, self.peak_flops[2])
 
 
 def _h100(name: str, *, memory_bytes: float, memory_bandwidth: float, scale_up: float) -> Device:

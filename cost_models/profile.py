@@ -2,9 +2,9 @@
 
 import json
 from pathlib import Path
-from typing import Self
+from typing import Annotated, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from traces.errors import InputError
 from traces.files import write_json
@@ -30,9 +30,17 @@ class Curve(_Strict):
     busier direction; a host that copies both ways itself is as busy as the mean of the two.
     """
 
+    bytes: list[Annotated[float, Field(ge=0)]] = Field(min_length=1)
+    seconds: list[Annotated[float, Field(gt=0)]] = Field(min_length=1)
     full_duplex: bool = True
-    bytes: list[float]
-    seconds: list[float]
+
+    @model_validator(mode="after")
+    def _knots_in_order(self) -> Self:
+        if len(self.bytes) != len(self.seconds):
+            raise ValueError(f"{len(self.bytes)} sizes but {len(self.seconds)} times")
+        if sorted(set(self.bytes)) != self.bytes:
+            raise ValueError("sizes do not rise")
+        return self
 
 
 class FitError(_Strict):
@@ -53,7 +61,7 @@ class Profile(_Strict):
     format_version: int = FORMAT_VERSION
     device: str
     device_name: str
-    ranks: int
+    ranks: int = Field(ge=1)
     linear: dict[str, LinearFit]
     curves: dict[str, Curve]
     errors: dict[str, FitError]

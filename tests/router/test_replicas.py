@@ -1,0 +1,161 @@
+"""Which replica computes a pair."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from router.assignment import UNUSED, Assignment
+from router.placement import place
+from router.placement.base import Placement
+from router.replicas import ReplicaChoice, choose_slots
+
+# Rank 0 holds slots 0 and 1, rank 1 holds 2 and 3: both experts on both ranks.
+TWICE = Placement(slot_to_expert_LS=np.array([[0, 1, 0, 1]]), experts=2, ranks=2)
+BOTH_CHOICES: tuple[ReplicaChoice, ...] = ("even", "local")
+
+
+def assigned(ids_TK: Any, kept_TK: Any = None) -> Assignment:
+    ids = np.array(ids_TK)
+    kept = ids != UNUSED if kept_TK is None else np.array(kept_TK)
+    weights = kept.astype(np.float32)
+    return Assignment(ids_TK=ids, scores_TK=weights, weights_TK=weights, kept_TK=kept)
+
+
+def slots(assignment: Assignment, placement: Placement, sources: list[int], choice: ReplicaChoice) -> list[list[int]]:
+    chosen: list[list[int]] = choose_slots(assignment, placement, 0, np.array(sources), choice).tolist()
+    return chosen
+
+
+def test_replicas_take_turns_and_each_source_starts_at_another() -> None:
+    # Rank 0: slots 0, 2, 0, 2. Rank 1 starts at the second replica: 2, 0, 2, 0.
+    chosen = slots(assigned([[0]] * 8), TWICE, [0] * 4 + [1] * 4, "even")
+    assert chosen == [[0], [2], [0], [2], [2], [0], [2], [0]]
+
+
+def test_each_expert_has_turns_of_its_own() -> None:
+    # Expert 0 is asked by tokens 0, 1, 2 and expert 1 by tokens 1, 2: slots 0, 2, 0 and 1, 3.
+    chosen = slots(assigned([[0, UNUSED], [1, 0], [0, 1]]), TWICE, [0] * 3, "even")
+    assert chosen == [[0, -1], [1, 2], [0, 3]]
+
+
+def test_a_dropped_pair_takes_no_turn() -> None:
+    chosen = slots(assigned([[0]] * 4, [[True], [False], [True], [True]]), TWICE, [0] * 4, "even")
+    assert chosen == [[0], [-1], [2], [0]]
+
+
+def test_local_takes_the_ranks_own_replica() -> None:
+    assert slots(assigned([[0, 1]] * 4), TWICE, [0, 0, 1, 1], "local") == [[0, 1], [0, 1], [2, 3], [2, 3]]
+
+
+def test_local_falls_back_to_turns_where_the_rank_has_none() -> None:
+    # Three ranks with a slot pair each; rank 0 holds no expert 1, which lies in slots 2 (rank 1) and 4 (rank 2).
+    placement = Placement(slot_to_expert_LS=np.array([[0, 2, 1, 2, 1, 2]]), experts=3, ranks=3)
+    assert slots(assigned([[1]] * 4), placement, [0] * 4, "local") == [[2], [4], [2], [4]]
+    assert slots(assigned([[1]] * 2), placement, [2] * 2, "local") == [[4], [4]]
+
+
+def test_without_replicas_the_slot_is_the_experts_own() -> None:
+    placement = Placement(slot_to_expert_LS=np.array([[2, 0], [0, 2], [1, 1]])[:1, [1, 0]], experts=1, ranks=1)
+    assert placement.slots == 2
+    one_each = Placement(slot_to_expert_LS=np.array([[3, 1, 0, 2]]), experts=4, ranks=2)
+    for choice in BOTH_CHOICES:
+        assert slots(assigned([[0, 1], [2, 3]]), one_each, [0, 1], choice) == [[2, 1], [3, 0]]
+
+
+def test_layers_have_tables_of_their_own() -> None:
+    placement = Placement(slot_to_expert_LS=np.array([[0, 1], [1, 0]]), experts=2, ranks=2)
+    for layer, slot in ((0, 0), (1, 1)):
+        assert choose_slots(assigned([[0]]), placement, layer, np.array([0]), "even").tolist() == [[slot]]
+
+
+@st.composite
+def steps(draw: st.DrawFn) -> tuple[Assignment, Placement, Any]:
+    """A placement with replicas and an assignment, tokens of a rank together."""
+    ranks, experts = draw(st.integers(1, 4)), draw(st.integers(1, 6))
+    slots_per_rank = draw(st.integers(-(-experts // ranks), experts + 2))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    algorithm = draw(st.sampled_from(["contiguous", "random", "lpt"]))
+    placement = place(algorithm, rng.random((1, experts)), ranks=ranks, slots=ranks * slots_per_rank, seed=1)
+    tokens, k = draw(st.integers(0, 16)), draw(st.integers(1, experts))
+    ids_TK = rng.permuted(np.tile(np.arange(experts), (tokens, 1)), axis=1)[:, :k]
+    ids_TK = np.where(rng.random((tokens, k)) < 0.2, UNUSED, ids_TK)
+    kept_TK = (ids_TK != UNUSED) & (rng.random((tokens, k)) < 0.8)
+    return assigned(ids_TK, kept_TK), placement, np.sort(rng.integers(0, ranks, tokens))
+
+
+@pytest.mark.parametrize("choice", BOTH_CHOICES)
+@settings(max_examples=100, deadline=None)
+@given(step=steps())
+def test_a_kept_pair_goes_to_a_slot_that_holds_its_expert(
+    choice: ReplicaChoice, step: tuple[Assignment, Placement, Any]
+) -> None:
+    assignment, placement, source_rank_T = step
+    slot_TK = choose_slots(assignment, placement, 0, source_rank_T, choice)
+    kept_TK = assignment.kept_TK
+    assert (slot_TK[~kept_TK] == -1).all()
+    np.testing.assert_array_equal(placement.slot_to_expert_LS[0][slot_TK[kept_TK]], assignment.ids_TK[kept_TK])
+
+
+@settings(max_examples=100, deadline=None)
+@given(step=steps())
+def test_even_turns_differ_by_one_at_most(step: tuple[Assignment, Placement, Any]) -> None:
+    assignment, placement, source_rank_T = step
+    slot_TK = choose_slots(assignment, placement, 0, source_rank_T, "even")
+    for rank in range(placement.ranks):
+        for expert in range(placement.experts):
+            here_TK = (source_rank_T == rank)[:, None] & assignment.kept_TK & (assignment.ids_TK == expert)
+            turns_X = [
+                (slot_TK[here_TK] == slot).sum() for slot in np.where(placement.slot_to_expert_LS[0] == expert)[0]
+            ]
+            assert max(turns_X) - min(turns_X) <= 1
+            assert sum(turns_X) == here_TK.sum()
+
+
+@pytest.mark.parametrize("choice", BOTH_CHOICES)
+@settings(max_examples=100, deadline=None)
+@given(step=steps())
+def test_local_never_leaves_a_rank_that_holds_the_expert(
+    choice: ReplicaChoice, step: tuple[Assignment, Placement, Any]
+) -> None:
+    assignment, placement, source_rank_T = step
+    held_by = placement.slot_to_expert_LS[0].reshape(placement.ranks, -1)
+    slot_TK = choose_slots(assignment, placement, 0, source_rank_T, "local")
+    for token, column in zip(*np.nonzero(assignment.kept_TK), strict=True):
+        if assignment.ids_TK[token, column] in held_by[source_rank_T[token]]:
+            assert slot_TK[token, column] // placement.slots_per_rank == source_rank_T[token]
+
+
+@pytest.mark.parametrize("choice", BOTH_CHOICES)
+@settings(max_examples=100, deadline=None)
+@given(step=steps())
+def test_a_rank_alone_finds_its_part_of_the_answer(
+    choice: ReplicaChoice, step: tuple[Assignment, Placement, Any]
+) -> None:
+    assignment, placement, source_rank_T = step
+    everywhere_TK = choose_slots(assignment, placement, 0, source_rank_T, choice)
+    for rank in range(placement.ranks):
+        own_T = source_rank_T == rank
+        own = assigned(assignment.ids_TK[own_T], assignment.kept_TK[own_T])
+        own_TK = choose_slots(own, placement, 0, source_rank_T[own_T], choice)
+        np.testing.assert_array_equal(own_TK, everywhere_TK[own_T])
+
+
+@pytest.mark.parametrize("choice", BOTH_CHOICES)
+@settings(max_examples=100, deadline=None)
+@given(step=steps())
+def test_numpy_and_torch_choose_alike(choice: ReplicaChoice, step: tuple[Assignment, Placement, Any]) -> None:
+    assignment, placement, source_rank_T = step
+    in_torch = Assignment(
+        **{
+            name: torch.as_tensor(np.array(getattr(assignment, name)))
+            for name in ("ids_TK", "scores_TK", "weights_TK", "kept_TK")
+        }
+    )
+    np.testing.assert_array_equal(
+        choose_slots(assignment, placement, 0, source_rank_T, choice),
+        choose_slots(in_torch, placement, 0, torch.as_tensor(source_rank_T), choice).numpy(),
+    )
