@@ -1,0 +1,316 @@
+"""Scenario files: what is wrong with one is said in one line that names the file, the field, the value and the mend."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from study_cases import scenario_document
+
+from cost_models.profile import Profile
+from router.capacity import Capacity
+from router.policies.skip import Skip
+from router.policies.top_k import TopK
+from router.policies.top_p import TopP
+from sim.report import Report
+from traces.errors import InputError
+from tuner.replays import Replays
+from tuner.scenario import Config, Scenario, read_scenario
+from tuner.study import tune
+
+
+def written(folder: Path, **changes: Any) -> Path:
+    """A scenario file; `trace__zipf=-1` changes a key of a section, `...` takes it out."""
+    document = scenario_document()
+    for place, value in changes.items():
+        *sections, key = place.split("__")
+        target = document
+        for section in sections:
+            target = target.setdefault(section, {})
+        target[key] = value
+        if value is ...:
+            del target[key]
+    path = folder / "scenario.yaml"
+    path.write_text(yaml.safe_dump(document))
+    return path
+
+
+def refusal(path: Path) -> str:
+    """What is said of the file, after its name."""
+    with pytest.raises(InputError) as refused:
+        read_scenario(path)
+    message = str(refused.value)
+    assert "\n" not in message
+    assert message.startswith(f"{path}: ")
+    return message.removeprefix(f"{path}: ")
+
+
+def test_a_minimal_file_has_defaults(tmp_path: Path) -> None:
+    scenario = read_scenario(written(tmp_path))
+    assert (scenario.costs, scenario.fidelity, scenario.protocol, scenario.seed) == (
+        "datasheet",
+        "event",
+        "per_expert",
+        0,
+    )
+    assert scenario.config.placement.algorithm == "contiguous"
+    assert scenario.windows.shares == (2, 3, 3)
+
+
+def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    path = written(tmp_path / "deep", trace="../trace.parquet", costs="profile.json")
+    scenario = read_scenario(path)
+    assert scenario.trace == tmp_path / "deep" / ".." / "trace.parquet"
+    assert scenario.costs == tmp_path / "deep" / "profile.json"
+    absolute = read_scenario(written(tmp_path, trace="/somewhere/trace.parquet"))
+    assert absolute.trace == Path("/somewhere/trace.parquet")
+
+
+def test_windows_are_spelled_plan_tune_validate(tmp_path: Path) -> None:
+    scenario = read_scenario(written(tmp_path, windows={"plan": 1, "tune": 2, "validate": 4}))
+    assert scenario.windows.shares == (1, 2, 4)
+
+
+def test_a_config_is_the_policy_that_runs() -> None:
+    config = Config.model_validate(
+        {"policy": "top_p", "parameters": {"p": 0.5, "k_max": 4}, "capacity": {"factor": 1.25, "drop": "position"}}
+    )
+    policy = config.routing_policy()
+    assert policy.selection == TopP(p=0.5, k_max=4)
+    assert policy.capacity == Capacity(factor=1.25, drop="position", scope="source_rank")
+    assert config.describe() == "top_p(p=0.5, k_max=4) cf=1.25 position contiguous"
+    assert Config(policy="top_k", parameters={"k": 2}).routing_policy().selection == TopK(k=2)
+    skip = Config(policy="skip", parameters={"threshold": 0.25, "k_max": 2})
+    assert skip.routing_policy().selection == Skip(threshold=0.25, k_max=2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"colour": "red"}, "colour: unknown key; remove it or correct its name"),
+        ({"batch__tokens": 4}, "batch.tokens: unknown key; remove it or correct its name"),
+        ({"study": {"space": {"ks": [1, 2]}}}, "study.space.ks: unknown key; remove it or correct its name"),
+        ({"name": ...}, "name: missing; add it"),
+        ({"batch__steps": ...}, "batch.steps: missing; add it"),
+        ({"version": 2}, "version: input should be 1 (it is 2)"),
+        (
+            {"cluster__ranks": "eight"},
+            "cluster.ranks: input should be a valid integer, unable to parse string as an integer (it is 'eight')",
+        ),
+        ({"cluster__ranks": 0}, "cluster.ranks: input should be greater than 0 (it is 0)"),
+        ({"batch__phase": "both"}, "batch.phase: input should be 'prefill' or 'decode' (it is 'both')"),
+        ({"batch": None}, "batch: input should be a valid dictionary or instance of Batch (it is None)"),
+        ({"config__capacity": {"factor": 0}}, "config.capacity.factor: input should be greater than 0 (it is 0)"),
+        ({"study": {"trials": 0}}, "study.trials: input should be greater than 0 (it is 0)"),
+        ({"windows": {"plan": -1}}, "windows.plan: input should be greater than 0 (it is -1)"),
+        ({"config__parameters": {"k": "two"}}, "config.parameters.k: input should be a valid number, unable to parse"),
+        ({"config__policy": "best"}, "config: unknown policy 'best'; known are skip, top_k, top_p"),
+        ({"config__parameters": {"p": 0.5}}, "config: policy top_k takes k; got p"),
+        ({"config__parameters": {}}, "config: policy top_k takes k; got nothing"),
+        (
+            {"config__placement": {"algorithm": "best"}},
+            "config.placement: unknown placement 'best'; known are contiguous, lpt, random",
+        ),
+        ({"cluster__device": "h9"}, "cluster: unknown device 'h9'; known are cpu, a100_sxm"),
+        ({"study": {"space": {"policies": ["best"]}}}, "study.space: unknown policy 'best'; known are skip"),
+        ({"study": {"space": {"placements": ["best"]}}}, "study.space: unknown placement 'best'; known are contiguous"),
+        ({"study": {"space": {"k": [4, 1]}}}, "study.space: range [4, 1] has its ends the wrong way round"),
+        ({"study": {"sampler": "grid"}}, "study.sampler: input should be 'tpe' or 'nsga2' (it is 'grid')"),
+    ],
+    ids=lambda value: re.sub(r"\W+", "-", str(value))[:40] if isinstance(value, dict) else "",
+)
+def test_a_mistake_is_named_with_its_field_and_value(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    said = refusal(written(tmp_path, **changes))
+    assert said == message or said.startswith(message), said
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"trace__zipff": 1}, "trace.zipff"),
+        ({"trace__tokens": "many"}, "trace.tokens"),
+        ({"trace__tokens": -1}, "trace.tokens"),
+        ({"trace__model": ...}, "trace.model"),
+        ({"trace": 5}, "trace"),
+        ({"costs": 5}, "costs"),
+    ],
+    ids=["unknown key", "wrong type", "negative", "missing", "trace is a number", "costs is a number"],
+)
+def test_a_mistake_in_a_trace_or_the_costs_is_named_too(tmp_path: Path, changes: dict[str, Any], field: str) -> None:
+    """`trace` is a path or a section: what is said must be of the one that the user wrote."""
+    said = refusal(written(tmp_path, **changes))
+    assert re.match(rf"{re.escape(field)}: ", said), said
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"config__parameters": {"k": 0}}, "config"),
+        ({"config__parameters": {"k": -1}}, "config"),
+        ({"config__parameters": {"k": 2.5}}, "config"),
+        ({"config__parameters": {"k": float("nan")}}, "config"),
+        ({"config": {"policy": "top_p", "parameters": {"p": float("nan"), "k_max": 2}}}, "config"),
+        ({"config__capacity": {"factor": float("inf")}}, "config.capacity"),
+        ({"seed": -1}, "seed"),
+    ],
+    ids=["k 0", "k -1", "k 2.5", "k nan", "p nan", "factor inf", "seed -1"],
+)
+def test_a_number_that_no_run_can_use_is_refused(tmp_path: Path, changes: dict[str, Any], field: str) -> None:
+    """k = -1 would take all but the last candidate, k = 2.5 and an infinite factor end in a traceback."""
+    assert refusal(written(tmp_path, **changes)).startswith(field)
+
+
+@pytest.mark.parametrize(
+    "space",
+    [
+        {"k": [0, 4]},
+        {"k": [-2, 4]},
+        {"capacity_factor": [-1.0, 2.0]},
+        {"capacity_factor": [0.0, 2.0]},
+        {"redundant_slots": [-1]},
+        {"capacity_drops": []},
+        {"replica_choices": [], "redundant_slots": [4]},
+    ],
+    ids=str,
+)
+def test_a_space_of_configs_that_cannot_run_is_refused_before_the_study(tmp_path: Path, space: dict[str, Any]) -> None:
+    """Else the study ends in a traceback, some trials later."""
+    assert refusal(written(tmp_path, study={"space": space})).startswith("study.space")
+
+
+def test_a_missing_file_says_where_there_are_some(tmp_path: Path) -> None:
+    assert refusal(tmp_path / "none.yaml") == "no such scenario; examples/ has some to start from"
+
+
+@pytest.mark.parametrize("content", [b"a: [1", b"a: b: c", b"\x00", b"\xff\xfe\xfa", b"\t- 1", b"a: *nothing"])
+def test_what_is_not_yaml_is_said_in_one_line(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "scenario.yaml"
+    path.write_bytes(content)
+    assert refusal(path).startswith("not YAML: ")
+
+
+@pytest.mark.parametrize(("content", "kind"), [("", "NoneType"), ("- 1", "list"), ("name", "str"), ("3", "int")])
+def test_another_document_is_no_scenario(tmp_path: Path, content: str, kind: str) -> None:
+    path = tmp_path / "scenario.yaml"
+    path.write_text(content)
+    assert refusal(path) == f"expected a mapping with version, name, trace, …; found {kind}"
+
+
+def prepared(folder: Path, **changes: Any) -> Replays:
+    scenario = read_scenario(written(folder, **changes))
+    assert isinstance(scenario, Scenario)
+    return Replays.of(scenario)
+
+
+REQUESTS = {"model": "mixtral-8x7b", "tokens": 4096, "zipf": 0.5}  # 16 requests of 256 tokens
+
+
+def test_a_scenario_that_fits_together_runs(tmp_path: Path) -> None:
+    replays = prepared(tmp_path, trace=REQUESTS)
+    report, timelines, works = replays.run(replays.scenario.config)
+    assert report.steps == len(timelines) == len(works) == 1
+    assert report.fidelity == "event"
+    assert replays.planned_loads_LE.sum() == 4 * 256 * 32 * 2  # 2/8 of 16 requests, 32 layers, 2 experts a token
+    both = [replays.run(replays.scenario.config, window=window)[0].step_s for window in ("tune", "validate")]
+    assert both[0] != both[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        # Mixtral has 8 experts and its synthetic trace as many candidates as its top_k, 2.
+        ({"config__parameters": {"k": 9}}, "9 experts a token, but the model has 8"),
+        ({"config__parameters": {"k": 3}}, "needs 3 candidates per token; the trace recorded 2"),
+        ({"cluster__ranks": 16, "batch__tokens_per_rank": 1}, "16 ranks but only 8 expert slots; use at most 8 ranks"),
+        ({"cluster__ranks": 3}, "8 expert slots do not divide over 3 ranks; add 1 redundant slots"),
+        ({"trace__model": "mixtral"}, "unknown model 'mixtral'; known are gpt-oss-20b"),
+        ({"trace__candidates": 1}, "1 candidates a token; use 2 (top_k) to 8 (experts)"),
+        ({"trace__tokens": 300}, "leave a part empty; use more even shares, fewer parts, or a trace of more requests"),
+        ({"batch__tokens_per_rank": 4096}, "use fewer ranks, fewer tokens a rank, or a longer trace"),
+        ({"cluster__device": "cpu"}, "4 x cpu has no datasheet; calibrate it and name the profile"),
+        ({"trace": "none.parquet"}, "none.parquet: no such file; give the path of a recorded trace"),
+        ({"costs": "none.json"}, "none.json: no such profile; make one with moeroute calibrate"),
+    ],
+    ids=[
+        "k above E",
+        "k above C",
+        "ranks above slots",
+        "slots do not divide",
+        "unknown model",
+        "few candidates",
+        "one request",
+        "steps too large",
+        "no datasheet",
+        "no trace",
+        "no profile",
+    ],
+)
+def test_what_does_not_fit_together_is_said_before_anything_runs(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError) as refused:
+        prepared(tmp_path, **{"trace": dict(REQUESTS), **changes})
+    assert message in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_redundant_slots_of_the_config_are_enough_where_no_space_is_given(tmp_path: Path) -> None:
+    """8 experts and 1 redundant slot divide over 3 ranks; the default space, without any, has no say in it."""
+    replays = prepared(
+        tmp_path, trace=REQUESTS, cluster__ranks=3, config__placement={"algorithm": "lpt", "redundant_slots": 1}
+    )
+    assert replays.run(replays.scenario.config)[0].steps == 1
+
+
+@pytest.mark.parametrize(("device", "profiled"), [("h100_sxm", "cpu"), ("cpu", "cuda")])
+def test_a_profile_of_another_kind_of_device_does_not_price_this_one(
+    tmp_path: Path, device: str, profiled: str
+) -> None:
+    """Else a CPU's times stand beside an H100's memory in one report, as if they belonged together."""
+    Profile(
+        device=profiled,
+        device_name="elsewhere",
+        ranks=4,
+        linear={},
+        curves={},
+        errors={},
+        probe_s=(1, 1),
+        load_average=0,
+    ).write(tmp_path / "profile.json")
+    with pytest.raises(InputError, match=f"{profiled}"):
+        prepared(tmp_path, trace=REQUESTS, cluster__device=device, costs="profile.json")
+
+
+def run_or_refused(folder: Path, space: dict[str, Any]) -> list[Config]:
+    """The configs that a study of 40 trials evaluates; none if it is refused."""
+    evaluated = []
+
+    def evaluate(config: Config) -> Report:
+        evaluated.append(config)
+        return replays.run(config, fidelity="analytic")[0]
+
+    study = {"trials": 40, "space": {"placements": ["contiguous"], **space}}
+    try:
+        replays = prepared(folder, trace=REQUESTS, study=study)
+        tune(replays.scenario, evaluate, journal=folder / "journal", identity="same")
+    except InputError as refused:
+        said = str(refused)
+    else:
+        return evaluated
+    assert "\n" not in said
+    assert evaluated == [], f"refused only after {len(evaluated)} trials: {said}"
+    return []
+
+
+def test_a_space_that_the_trace_cannot_serve_does_not_end_a_study_half_way(tmp_path: Path) -> None:
+    """The default k goes to 8; a trace of 2 candidates a token has nothing to offer from 3 on."""
+    for config in run_or_refused(tmp_path, {"k": [1, 8]}):
+        assert config.routing_policy().selection.width <= 2
+
+
+def test_redundant_slots_that_do_not_divide_do_not_end_a_study_half_way(tmp_path: Path) -> None:
+    """8 experts and 1 redundant slot do not divide over 4 ranks."""
+    for config in run_or_refused(tmp_path, {"k": [1, 2], "redundant_slots": [0, 1]}):
+        assert config.placement.redundant_slots == 0

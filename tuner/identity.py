@@ -1,0 +1,17 @@
+"""What a study's results depend on, so that a journal is never mixed with another's."""
+
+import hashlib
+import json
+
+from traces.store import trace_digest
+from tuner.replays import Replays
+
+
+def study_identity(replays: Replays) -> str:
+    """A digest of the scenario (but for the number of trials), the content of its trace, and that of its profile."""
+    scenario = replays.scenario
+    document = scenario.model_dump(mode="json", by_alias=True, exclude={"trace", "costs", "study"})
+    costs = scenario.costs if isinstance(scenario.costs, str) else scenario.costs.read_text(encoding="utf-8")
+    study = scenario.study.model_dump(mode="json", exclude={"trials"})
+    content = json.dumps([document, study, costs, trace_digest(replays.trace)], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()

@@ -1,0 +1,227 @@
+"""Scenario: the YAML file a user writes. What to replay, on what, how, and what to search.
+
+Paths are relative to the scenario's own folder. An unknown key is an error, so that no typo passes for a default.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+
+from cost_models.devices import DEVICES
+from router.capacity import Capacity
+from router.placement import PLACEMENTS
+from router.policies import SELECTIONS, RoutingPolicy, make_selection
+from traces.errors import InputError
+
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Factor = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+_TAGS = ("file", "synthetic")  # which of its two forms a field has; not part of its name
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SyntheticTrace(_Strict):
+    """A made-up trace in place of a recorded one, for shapes that nobody has recorded."""
+
+    model: str
+    tokens: int = Field(gt=0)
+    zipf: float = Field(ge=0)
+    candidates: int | None = None
+
+
+class ClusterChoice(_Strict):
+    """Ranks and what they are: a GPU by its datasheet's name, or `cpu` for processes of this host."""
+
+    device: str
+    ranks: int = Field(gt=0)
+
+    @model_validator(mode="after")
+    def _known_device(self) -> Self:
+        if self.device != "cpu" and self.device not in DEVICES:
+            raise ValueError(f"unknown device {self.device!r}; known are cpu, {', '.join(DEVICES)}")
+        return self
+
+
+class Batch(_Strict):
+    """How tokens form steps."""
+
+    phase: Literal["prefill", "decode"]
+    tokens_per_rank: int = Field(gt=0)
+    steps: int = Field(gt=0)
+    kv_tokens_per_rank: int = Field(default=0, ge=0)
+
+
+class CapacityChoice(_Strict):
+    """A capacity limit; see `router.capacity.Capacity`."""
+
+    factor: float = Field(gt=0, allow_inf_nan=False)
+    drop: Literal["position", "probs"] = "probs"
+    scope: Literal["source_rank", "global"] = "source_rank"
+
+
+class PlacementChoice(_Strict):
+    """Where experts go, how many slots beyond one an expert there are, and which replica computes a pair."""
+
+    algorithm: str = "contiguous"
+    redundant_slots: int = Field(default=0, ge=0)
+    replica_choice: Literal["even", "local"] = "even"
+
+    @model_validator(mode="after")
+    def _known_algorithm(self) -> Self:
+        if self.algorithm not in PLACEMENTS:
+            raise ValueError(f"unknown placement {self.algorithm!r}; known are {', '.join(sorted(PLACEMENTS))}")
+        return self
+
+    def describe(self) -> str:
+        """In a few words.
+
+        >>> PlacementChoice(algorithm="lpt", redundant_slots=4, replica_choice="local").describe()
+        'lpt+4 local'
+        """
+        return (
+            f"{self.algorithm}+{self.redundant_slots} {self.replica_choice}" if self.redundant_slots else self.algorithm
+        )
+
+
+class Config(_Strict):
+    """One point of the search: a policy, its parameters, a capacity and a placement."""
+
+    policy: str
+    parameters: dict[str, float] = Field(default_factory=dict)
+    capacity: CapacityChoice | None = None
+    placement: PlacementChoice = PlacementChoice()
+
+    @model_validator(mode="after")
+    def _known_policy(self) -> Self:
+        self.routing_policy()
+        return self
+
+    def routing_policy(self) -> RoutingPolicy:
+        """The policy as the simulator and the real layer run it."""
+        whole = {name: int(value) if float(value).is_integer() else value for name, value in self.parameters.items()}
+        capacity = None if self.capacity is None else Capacity(**self.capacity.model_dump())
+        return RoutingPolicy(selection=make_selection(self.policy, whole), capacity=capacity)
+
+    def describe(self) -> str:
+        """In a few words."""
+        return f"{self.routing_policy().describe()} {self.placement.describe()}"
+
+
+class Space(_Strict):
+    """What a study may choose from. Ranges are [low, high]; a list is a choice."""
+
+    policies: list[str] = Field(default=sorted(SELECTIONS), min_length=1)
+    k: tuple[Count, Count] = (1, 8)
+    top_p: tuple[Share, Share] = (0.3, 0.95)
+    skip_threshold: tuple[Share, Share] = (0.05, 0.9)
+    capacity_factor: tuple[Factor, Factor] | None = (0.75, 2.0)
+    capacity_drops: list[Literal["position", "probs"]] = Field(default=["position", "probs"], min_length=1)
+    placements: list[str] = Field(default=sorted(PLACEMENTS), min_length=1)
+    redundant_slots: list[Annotated[int, Field(ge=0)]] = Field(default=[0], min_length=1)
+    replica_choices: list[Literal["even", "local"]] = Field(default=["even", "local"], min_length=1)
+
+    @model_validator(mode="after")
+    def _known_names(self) -> Self:
+        for name in self.policies:
+            if name not in SELECTIONS:
+                raise ValueError(f"unknown policy {name!r}; known are {', '.join(sorted(SELECTIONS))}")
+        for name in self.placements:
+            if name not in PLACEMENTS:
+                raise ValueError(f"unknown placement {name!r}; known are {', '.join(sorted(PLACEMENTS))}")
+        for low, high in (self.k, self.top_p, self.skip_threshold, self.capacity_factor or (0.0, 0.0)):
+            if low > high:
+                raise ValueError(f"range [{low}, {high}] has its ends the wrong way round")
+        return self
+
+
+class StudyChoice(_Strict):
+    """How long to search and how."""
+
+    trials: int = Field(default=100, gt=0)
+    sampler: Literal["tpe", "nsga2"] = "tpe"
+    space: Space = Space()
+
+
+class Windows(_Strict):
+    """How the trace's requests divide, in order and in proportion.
+
+    Placements are planned on the first part, policies tuned on the second, and the winners validated on the third.
+    """
+
+    plan: float = Field(default=2, gt=0)
+    tune: float = Field(default=3, gt=0)
+    validate_: float = Field(default=3, gt=0, alias="validate")
+
+    @property
+    def shares(self) -> tuple[float, float, float]:
+        """Plan, tune, validate."""
+        return self.plan, self.tune, self.validate_
+
+
+class Scenario(_Strict):
+    """The whole file. `costs` is `datasheet` or the path of a profile; `config` is the baseline."""
+
+    version: Literal[1]
+    name: str
+    trace: Annotated[
+        Annotated[Path, Tag("file")] | Annotated[SyntheticTrace, Tag("synthetic")],
+        Discriminator(lambda value: "synthetic" if isinstance(value, dict | SyntheticTrace) else "file"),
+    ]
+    cluster: ClusterChoice
+    costs: Annotated[
+        Annotated[Path, Tag("file")] | Annotated[Literal["datasheet"], Tag("datasheet")],
+        Discriminator(lambda value: "datasheet" if value == "datasheet" else "file"),
+    ] = "datasheet"
+    batch: Batch
+    config: Config
+    protocol: Literal["per_expert", "per_rank"] = "per_expert"
+    fidelity: Literal["analytic", "event"] = "event"
+    windows: Windows = Windows()
+    study: StudyChoice = StudyChoice()
+    seed: int = Field(default=0, ge=0)
+
+
+def read_scenario(path: Path) -> Scenario:
+    """Read a scenario file; `InputError` names the file, the field, the value and what is wrong with it."""
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such scenario; examples/ has some to start from") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    scenario = parse_scenario(document, source=str(path))
+    return scenario.model_copy(
+        update={
+            field: path.parent / value
+            for field in ("trace", "costs")
+            if isinstance(value := getattr(scenario, field), Path)
+        }
+    )
+
+
+def parse_scenario(document: Any, *, source: str) -> Scenario:
+    """Check a scenario that was read; `source` names it in errors."""
+    if not isinstance(document, dict):
+        raise InputError(f"{source}: expected a mapping with version, name, trace, …; found {type(document).__name__}")
+    try:
+        return Scenario.model_validate(document)
+    except ValidationError as error:
+        raise InputError(f"{source}: {_first_problem(error, document)}") from error
+
+
+def _first_problem(error: ValidationError, document: dict[str, Any]) -> str:
+    first = error.errors()[0]
+    field = ".".join(str(part) for part in first["loc"] if part not in _TAGS)
+    if first["type"] == "extra_forbidden":
+        return f"{field}: unknown key; remove it or correct its name"
+    if first["type"] == "missing":
+        return f"{field}: missing; add it"
+    message = first["msg"].removeprefix("Value error, ")
+    value = first["input"]
+    shown = "" if isinstance(value, dict | list) or value is document else f" (it is {value!r})"
+    return f"{field}: {message[:1].lower() + message[1:]}{shown}" if field else message

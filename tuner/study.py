@@ -1,0 +1,172 @@
+"""Study: search a scenario's space with Optuna for the front of step time against quality.
+
+Stopped at any moment and started again, a study goes on: finished trials are read back from its journal, those that
+were running are marked failed, and the sampler is seeded from the seed and the number of stored trials, so that it
+does not suggest the same ones again. A config is never evaluated twice.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import optuna
+from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESampler
+from optuna.trial import FrozenTrial, TrialState
+
+from sim.report import Report
+from traces.errors import InputError
+from tuner.journal import open_journal
+from tuner.scenario import Config, Scenario, StudyChoice
+from tuner.space import suggest_config
+
+_DIRECTIONS: tuple[Literal["minimize", "maximize"], ...] = ("minimize", "maximize")  # step_s, gate_mass
+_CONFIG, _REPORT, _REPEAT, _IDENTITY = "config", "report", "repeat", "identity"
+_TRIES_PER_NEW_CONFIG = 50
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trial:
+    """One evaluated config. `number` is Optuna's."""
+
+    number: int
+    config: Config
+    step_s: float
+    gate_mass: float
+    report: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StudyResult:
+    """All finished trials, in order, and those that no other beats on both objectives, fastest first.
+
+    `found_before`: how many of them an earlier run had left in the journal.
+    """
+
+    trials: tuple[Trial, ...]
+    front: tuple[Trial, ...]
+    found_before: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """The study as a JSON object, the front as trial numbers."""
+        return {
+            "trials": [{**asdict(t), "config": t.config.model_dump(mode="json")} for t in self.trials],
+            "front": [trial.number for trial in self.front],
+        }
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read what `to_json` gave; `InputError` says what is wrong with the file."""
+        try:
+            document = json.loads(path.read_text(encoding="utf-8"))
+            trials = tuple(Trial(**{**t, "config": Config.model_validate(t["config"])}) for t in document["trials"])
+        except FileNotFoundError as error:
+            raise InputError(f"{path}: no such study; make one with moeroute tune -o {path.parent}") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path}: not a study of moeroute tune; run it again to rewrite the file") from error
+        return cls(trials=trials, front=pareto_front(trials))
+
+
+def tune(
+    scenario: Scenario,
+    evaluate: Callable[[Config], Report],
+    *,
+    journal: Path,
+    identity: str,
+    progress: Callable[[int, int, str], None] = lambda done, total, what: None,
+) -> StudyResult:
+    """Evaluate configs until the journal holds as many finished trials as the scenario asks for.
+
+    `identity` is a digest of everything that a trial's result depends on; a journal of another one is refused.
+    The baseline is the first trial. `InputError` if the journal is another study's or the space runs out of configs.
+    """
+    choice = scenario.study
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    study = _open_study(journal, identity, scenario)
+    for cut_off in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        study.tell(cut_off.number, state=TrialState.FAIL)
+    seed = scenario.seed + len(study.get_trials(deepcopy=False))
+    sampler, explorer = _sampler(choice, seed), RandomSampler(seed=seed)
+    found_before = _finished(study)
+    seen = {_key(Config.model_validate(finished.user_attrs[_CONFIG])) for finished in found_before}
+    misses = 0
+    while len(seen) < choice.trials:
+        study.sampler = explorer if misses else sampler  # a sampler that repeats itself has settled down too early
+        trial = study.ask()
+        config = scenario.config if not seen else suggest_config(trial, choice.space)
+        if _key(config) in seen:
+            misses += 1
+            trial.set_user_attr(_REPEAT, True)
+            study.tell(trial, state=TrialState.FAIL)
+            if misses > _TRIES_PER_NEW_CONFIG:
+                raise InputError(
+                    f"study {scenario.name}: only {len(seen)} different configs found of {choice.trials} trials; "
+                    "widen study.space or ask for fewer trials"
+                )
+            continue
+        misses = 0
+        report = evaluate(config)
+        trial.set_user_attr(_CONFIG, config.model_dump(mode="json"))
+        trial.set_user_attr(_REPORT, report.to_json())
+        study.tell(trial, [report.step_s, report.gate_mass])
+        seen.add(_key(config))
+        progress(len(seen), choice.trials, config.describe())
+    return _result(study, len(found_before))
+
+
+def _open_study(journal: Path, identity: str, scenario: Scenario) -> optuna.Study:
+    try:
+        storage = open_journal(journal)
+        others = [name for name in optuna.get_all_study_names(storage) if name != scenario.name]
+        study = optuna.create_study(
+            study_name=scenario.name, storage=storage, directions=_DIRECTIONS, load_if_exists=True
+        )
+    except (ValueError, KeyError) as error:
+        raise InputError(f"{journal}: not a readable journal ({error}); move it away and start again") from error
+    stored = study.user_attrs.get(_IDENTITY)
+    if stored is None and not others:
+        study.set_user_attr(_IDENTITY, identity)
+    elif stored != identity:
+        raise InputError(
+            f"{journal}: holds a study of another scenario, trace or profile; "
+            "give another --out folder, or remove the journal to start anew"
+        )
+    return study
+
+
+def _sampler(choice: StudyChoice, seed: int) -> BaseSampler:
+    if choice.sampler == "nsga2":
+        return NSGAIISampler(seed=seed)
+    return TPESampler(seed=seed)
+
+
+def _finished(study: optuna.Study) -> list[FrozenTrial]:
+    return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+
+
+def _key(config: Config) -> str:
+    return json.dumps(config.model_dump(mode="json"), sort_keys=True)
+
+
+def _result(study: optuna.Study, found_before: int) -> StudyResult:
+    trials = tuple(
+        Trial(
+            number=trial.number,
+            config=Config.model_validate(trial.user_attrs[_CONFIG]),
+            step_s=trial.values[0],
+            gate_mass=trial.values[1],
+            report=trial.user_attrs[_REPORT],
+        )
+        for trial in _finished(study)
+    )
+    return StudyResult(trials=trials, front=pareto_front(trials), found_before=found_before)
+
+
+def pareto_front(trials: tuple[Trial, ...]) -> tuple[Trial, ...]:
+    """The trials that none beats: fastest first, each keeping more gate mass than all the faster ones."""
+    front: list[Trial] = []
+    for trial in sorted(trials, key=lambda t: (t.step_s, -t.gate_mass, t.number)):
+        if not front or trial.gate_mass > front[-1].gate_mass:
+            front.append(trial)
+    return tuple(front)
