@@ -1,0 +1,22 @@
+"""Does placement matter? One synthetic trace, three placements, eight simulated H100s, datasheet costs.
+
+Placements are planned on earlier requests than those they serve.
+"""
+
+import moeroute as mr
+
+trace = mr.synthetic_trace(mr.preset("qwen3-30b-a3b"), tokens=16_384, zipf=0.6, seed=0)
+earlier, later = mr.split_requests(trace, [1, 1])
+cluster = mr.gpu_cluster(mr.device("h100_sxm"), ranks=8)
+replay = mr.Replay(
+    trace=later,
+    steps=mr.make_steps(later, phase="prefill", tokens_per_rank=512, ranks=8, limit=2),
+    cluster=cluster,
+    costs=mr.Roofline(cluster),
+)
+policy = mr.RoutingPolicy(selection=mr.TopK(k=trace.model.top_k))
+
+for algorithm in ("contiguous", "random", "lpt"):
+    placement = mr.place(algorithm, earlier.loads_LE(), ranks=8, slots=trace.model.experts)
+    report, _, _ = replay.run(policy, placement)
+    print(f"{algorithm:10} busiest rank {report.token_imbalance:.2f} x mean, step {report.step_s * 1e3:.2f} ms")

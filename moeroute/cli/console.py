@@ -1,0 +1,76 @@
+"""What commands say: tables for people or one JSON document on stdout, progress and messages on stderr."""
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from traces.progress import Progress
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for what the command writes.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+ScenarioFile = Annotated[Path, typer.Argument(metavar="SCENARIO", help="A scenario file (YAML).")]
+RunDevice = Annotated[str, typer.Option(help="cpu or cuda.")]
+
+
+ANSWER_IS_NO = 1  # exit code of a command that ran well and has bad news
+
+
+def say(message: str) -> None:
+    """A line on stderr; of ranks that torchrun started, only the first speaks."""
+    if os.environ.get("RANK", "0") == "0":
+        print(message, file=sys.stderr, flush=True)
+
+
+def print_json(document: Any) -> None:
+    """The one JSON document of a command."""
+    print(json.dumps(document, indent=1, allow_nan=False))
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table on stdout; the first column is text, the others are figures. Redirected, it is as wide as it needs."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right", no_wrap=index > 0)
+    for row in rows:
+        table.add_row(*row)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+@contextmanager
+def progress_bar(what: str) -> Iterator[Progress]:
+    """A bar on stderr: what is running, how far it is and what is left. Plain lines where it is no terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _PlainProgress(what)
+        return
+    columns = (TextColumn("{task.fields[what]}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Bar(*columns, TextColumn("{task.description}"), console=console, transient=True) as bar:
+        task = bar.add_task("", total=1.0, what=what)
+        yield lambda done, message: bar.update(task, completed=done, description=message)
+
+
+class _PlainProgress:
+    """A line whenever another quarter is done, so that logs stay short."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._next = 0.0
+
+    def __call__(self, done: float, message: str) -> None:
+        if done >= self._next:
+            say(f"{self._what}: {done:4.0%} {message}")
+            self._next = done // 0.25 * 0.25 + 0.25

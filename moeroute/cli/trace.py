@@ -1,0 +1,123 @@
+"""`moeroute trace`: record, import, make and look at routing traces."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from moeroute.cli.console import Json, Out, Seed, print_json, print_table, say
+
+if TYPE_CHECKING:
+    from traces.stats import TraceStats
+    from traces.trace import RoutingTrace
+
+TRACE_FILE = "trace.parquet"
+DEFAULT_TOKENS = 24_576
+
+app = typer.Typer(help="Routing traces: record, import, show, synth.", no_args_is_help=True)
+TraceFile = Annotated[Path, typer.Argument(metavar="TRACE", help="A trace file (Parquet).")]
+ModelName = Annotated[str, typer.Option("--model", help="Shape of the model, by its preset's name.")]
+
+
+@app.command()
+def record(
+    out: Out = Path("out"),
+    tokens: Annotated[int, typer.Option(help="Tokens of held-out text, a multiple of 128.")] = DEFAULT_TOKENS,
+    seed: Seed = 0,
+    json: Json = False,
+) -> None:
+    """Run held-out text through the reference model and store what its routers say."""
+    from moeroute.cli.model import load
+    from router.nn.record import record as record_trace
+
+    _store(record_trace(load(), tokens=tokens, seed=seed), out, json)
+
+
+@app.command(name="import")
+def import_(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A trace in npz form.")],
+    model: ModelName,
+    out: Out = Path("out"),
+    json: Json = False,
+) -> None:
+    """Read another tool's trace and store it as ours."""
+    from traces.formats.npz import import_npz
+    from traces.presets import preset
+
+    imported = import_npz(file, model=preset(model))
+    if imported.skipped_tokens:
+        say(f"{file}: skipped {imported.skipped_tokens} tokens that were padding")
+    _store(imported.trace, out, json)
+
+
+@app.command()
+def synth(
+    model: ModelName,
+    tokens: Annotated[int, typer.Option(help="Tokens to make.")] = 8192,
+    zipf: Annotated[float, typer.Option(help="Zipf exponent of the experts' popularity; 0 is uniform.")] = 0.8,
+    candidates: Annotated[int | None, typer.Option(help="Candidates a token; the model's top k by default.")] = None,
+    seed: Seed = 0,
+    out: Out = Path("out"),
+    json: Json = False,
+) -> None:
+    """Make a synthetic trace of a known unevenness."""
+    from traces.presets import preset
+    from traces.synthetic import synthetic_trace
+
+    _store(synthetic_trace(preset(model), tokens=tokens, zipf=zipf, candidates=candidates, seed=seed), out, json)
+
+
+@app.command()
+def show(file: TraceFile, json: Json = False) -> None:
+    """Say what a trace tells: how uneven the load is and how much tokens share, by layer and domain."""
+    from traces.stats import trace_stats
+    from traces.store import read_trace
+
+    trace = read_trace(file)
+    stats = trace_stats(trace)
+    if json:
+        print_json({"file": str(file), "source": trace.source, "model": trace.model.to_json(), **stats.to_json()})
+    else:
+        print_stats(trace, stats)
+
+
+def print_stats(trace: "RoutingTrace", stats: "TraceStats") -> None:
+    """The statistics as tables."""
+    import numpy as np
+
+    def row(name: str, max_over_mean: float, gini: float, reuse: float | None) -> list[str]:
+        return [name, f"{max_over_mean:.2f}", f"{gini:.3f}", "" if reuse is None else f"{reuse:.3f}"]
+
+    reuse_L = stats.reuse_L or [None] * trace.model.layers
+    by_layer = zip(stats.max_over_mean_L, stats.gini_L, reuse_L, strict=True)
+    mean_reuse = None if stats.reuse_L is None else float(np.mean(stats.reuse_L))
+    print_table(
+        f"{trace.source}: {trace.tokens} tokens in {stats.requests} requests, {trace.model.layers} layers, "
+        f"{trace.model.experts} experts, top {stats.top_k}",
+        ["layer", "load max/mean", "Gini", "reuse between tokens"],
+        [
+            *(row(str(layer), *figures) for layer, figures in enumerate(by_layer)),
+            row("mean", float(np.mean(stats.max_over_mean_L)), float(np.mean(stats.gini_L)), mean_reuse),
+            row("uniform routing", stats.uniform.max_over_mean, stats.uniform.gini, stats.uniform_reuse),
+        ],
+    )
+    if stats.by_domain:
+        print_table(
+            "by domain, mean over layers",
+            ["domain", "load max/mean", "Gini"],
+            [row(name, b.max_over_mean, b.gini, None)[:3] for name, b in stats.by_domain.items()],
+        )
+
+
+def _store(trace: "RoutingTrace", out: Path, json: bool) -> None:
+    from traces.stats import trace_stats
+    from traces.store import write_trace
+
+    path = out / TRACE_FILE
+    write_trace(path, trace)
+    stats = trace_stats(trace)
+    if json:
+        print_json({"file": str(path), "source": trace.source, **stats.to_json()})
+    else:
+        print_stats(trace, stats)
+        say(f"wrote {path}")

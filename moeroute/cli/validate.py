@@ -1,0 +1,123 @@
+"""`moeroute validate`: run the winners for real."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from moeroute.cli.console import (
+    ANSWER_IS_NO,
+    Json,
+    Out,
+    RunDevice,
+    ScenarioFile,
+    print_json,
+    print_table,
+    progress_bar,
+    say,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from router.nn.store import ReferenceModel
+    from tuner.replays import Replays
+    from tuner.study import StudyResult
+    from tuner.validate import Contender, Validation
+
+VALIDATION_FILE = "validation.json"
+DEFAULT_ROUNDS = 40
+_RANDOM_CONFIGS = 7
+
+
+def validate(
+    scenario: ScenarioFile,
+    study: Annotated[Path, typer.Option(help="The study.json that moeroute tune wrote.")] = Path("out/study.json"),
+    device: RunDevice = "cpu",
+    rounds: Annotated[int, typer.Option(min=4, help="Times that each config runs.")] = DEFAULT_ROUNDS,
+    out: Out = Path("out"),
+    json: Json = False,
+) -> None:
+    """Run baseline, winners and random configs on real ranks, beside what was predicted. Exit code 1: not faster."""
+    from cost_models.microbench.ranks import require_device
+    from moeroute.cli.model import load
+    from traces.files import write_json
+    from tuner.replays import Replays
+    from tuner.scenario import read_scenario
+    from tuner.study import StudyResult
+
+    replays = Replays.of(read_scenario(scenario))
+    require_device(device, replays.scenario.cluster.ranks)
+    contenders = contenders_of(replays, StudyResult.read(study))
+    validation = run(replays, contenders, load(), device=device, rounds=rounds)
+    write_json(out / VALIDATION_FILE, validation.to_json())
+    if json:
+        print_json(validation.to_json())
+    else:
+        print_validation(validation)
+        say(f"wrote {out / VALIDATION_FILE}")
+    if not validation.confirmed:
+        raise typer.Exit(ANSWER_IS_NO)
+
+
+def contenders_of(replays: "Replays", study: "StudyResult") -> "list[Contender]":
+    """The configs to validate: the scenario's baseline, the study's winners, and some of its space at random."""
+    from tuner.validate import choose_contenders
+
+    scenario = replays.scenario
+    return choose_contenders(scenario.config, study, scenario.study.space, random=_RANDOM_CONFIGS, seed=scenario.seed)
+
+
+def run(
+    replays: "Replays", contenders: "Sequence[Contender]", reference: "ReferenceModel", *, device: str, rounds: int
+) -> "Validation":
+    """Validate the contenders, with a progress bar."""
+    from cost_models.profile import Profile
+    from tuner.validate import validate as run_contenders
+
+    costs = replays.scenario.costs
+    profile = None if isinstance(costs, str) else Profile.read(costs)
+    with progress_bar("validating") as progress:
+        return run_contenders(
+            replays, contenders, reference, device=device, rounds=rounds, profile=profile, progress=progress
+        )
+
+
+def print_validation(validation: "Validation") -> None:
+    """Predicted beside measured."""
+    from cost_models.units import human_seconds
+
+    print_table(
+        f"real run on {validation.ranks} {validation.device} ranks, {validation.rounds} rounds, "
+        f"load average {validation.load_average:.1f}",
+        [
+            "config",
+            "step predicted",
+            "measured",
+            "speed-up predicted",
+            "measured [95%]",
+            "gate mass",
+            "loss, nats/byte [95%]",
+        ],
+        [
+            [
+                f"{run.name}: {run.config}",
+                human_seconds(run.predicted_step_s),
+                human_seconds(run.measured_step_s),
+                f"{run.speedup_predicted:.2f}x",
+                f"{run.speedup_measured:.2f}x [{run.speedup_ci[0]:.2f}, {run.speedup_ci[1]:.2f}]",
+                f"{run.gate_mass:.1%}",
+                f"{run.loss:.3f}"
+                if run.role == "baseline"
+                else f"{run.loss_delta:+z.3f} [{run.loss_delta_ci[0]:+z.3f}, {run.loss_delta_ci[1]:+z.3f}]",
+            ]
+            for run in validation.runs
+        ],
+    )
+    drift = "" if validation.drift is None else f"; the probe takes {validation.drift:.2f}x what it took to calibrate"
+    print(
+        f"predicted against measured: mean error {validation.mape:.1%}, "
+        f"rank correlation {validation.spearman:.3f} over {len(validation.runs)} configs{drift}"
+    )
+    print(f"gate mass lost against held-out loss: rank correlation {validation.gate_mass_against_loss:.3f}")
+    print(validation.verdict)

@@ -1,0 +1,51 @@
+"""`moeroute whatif`: one scenario at many points."""
+
+from typing import Annotated
+
+import typer
+
+from moeroute.cli.console import Json, ScenarioFile, print_json, print_table
+
+
+def whatif(
+    scenario: ScenarioFile,
+    vary: Annotated[
+        list[str],
+        typer.Option(
+            help="name=value,value,…; may be repeated. ranks, gpu, top_k, tokens_per_rank, redundant_slots, "
+            "or a field's path in the scenario."
+        ),
+    ],
+    json: Json = False,
+) -> None:
+    """Step time, throughput and memory at every combination of the values to vary."""
+    from cost_models.units import GB, human_seconds
+    from tuner.scenario import read_scenario
+    from tuner.whatif import parse_variations, what_if
+
+    points = what_if(read_scenario(scenario), parse_variations(vary))
+    if json:
+        print_json(
+            [
+                {**p.values, "problem": p.problem, "report": None if p.report is None else p.report.to_json()}
+                for p in points
+            ]
+        )
+        return
+    rows = []
+    for point in points:
+        row = [" ".join(f"{name}={value}" for name, value in point.values.items())]
+        if point.report is None:
+            row += ["", "", "", "", point.problem or ""]
+        else:
+            report, memory = point.report, point.report.memory
+            row += [
+                human_seconds(report.step_s),
+                f"{report.tokens_per_s_per_rank:,.0f}",
+                f"{report.gate_mass:.1%}",
+                f"{memory.total_bytes / GB:.1f} GB",
+                "fits" if memory.fits else "does not fit",
+            ]
+        rows.append(row)
+    costs = next((point.report.costs for point in points if point.report is not None), "nothing could be simulated")
+    print_table(costs, ["point", "step", "tokens/s per rank", "gate mass", "memory of a rank", ""], rows)

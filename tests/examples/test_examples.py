@@ -1,0 +1,39 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def run(*command):
+    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("example", sorted(path.name for path in EXAMPLES.glob("*.py")))
+def test_example_prints_what_the_docs_say(example):
+    printed = run(EXAMPLES / example)
+    documented = (EXAMPLES / "README.md").read_text()
+    assert printed.strip() in documented
+
+
+def test_what_if_example_gives_every_point():
+    printed = run(
+        "-m",
+        "moeroute",
+        "whatif",
+        EXAMPLES / "whatif_gpt_oss.yaml",
+        "--json",
+        "--vary",
+        "ranks=8,64",
+        "--vary",
+        "top_k=4,8",
+    )
+    points = json.loads(printed)
+    assert [(p["ranks"], p["top_k"]) for p in points] == [(8, 4), (8, 8), (64, 4), (64, 8)]
+    assert points[0]["report"]["step_s"] < points[1]["report"]["step_s"]
+    assert "64 ranks but only 32 expert slots" in points[2]["problem"]
