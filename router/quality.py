@@ -38,5 +38,7 @@ def routing_quality(
         kept += int(assignment.kept_TK.sum())
         tokens += offered.tokens
     return RoutingQuality(
-        gate_mass=kept_score / own_score, dropped_share=1 - kept / chosen, experts_per_token=kept / tokens
+        gate_mass=kept_score / own_score if own_score else 1.0,  # where every score is 0, there is nothing to lose
+        dropped_share=1 - kept / chosen,
+        experts_per_token=kept / tokens,
     )

@@ -13,11 +13,12 @@ from typing import Any, Literal, Self
 
 import optuna
 from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESampler
+from optuna.storages import JournalStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from sim.report import Report
 from traces.errors import InputError
-from tuner.journal import open_journal
+from tuner.journal import open_journal, unreadable
 from tuner.scenario import Config, Scenario, StudyChoice
 from tuner.space import suggest_config
 
@@ -81,15 +82,26 @@ def tune(
     `identity` is a digest of everything that a trial's result depends on; a journal of another one is refused.
     The baseline is the first trial. `InputError` if the journal is another study's or the space runs out of configs.
     """
-    choice = scenario.study
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    study = _open_study(journal, identity, scenario)
+    with open_journal(journal) as storage:
+        study = _open_study(storage, journal, identity, scenario)
+        found_before = len(_finished(study))
+        _search(study, scenario, evaluate, progress)
+        return _result(study, found_before)
+
+
+def _search(
+    study: optuna.Study,
+    scenario: Scenario,
+    evaluate: Callable[[Config], Report],
+    progress: Callable[[int, int, str], None],
+) -> None:
+    choice = scenario.study
     for cut_off in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         study.tell(cut_off.number, state=TrialState.FAIL)
     seed = scenario.seed + len(study.get_trials(deepcopy=False))
     sampler, explorer = _sampler(choice, seed), RandomSampler(seed=seed)
-    found_before = _finished(study)
-    seen = {_key(Config.model_validate(finished.user_attrs[_CONFIG])) for finished in found_before}
+    seen = {_key(Config.model_validate(finished.user_attrs[_CONFIG])) for finished in _finished(study)}
     misses = 0
     while len(seen) < choice.trials:
         study.sampler = explorer if misses else sampler  # a sampler that repeats itself has settled down too early
@@ -112,18 +124,16 @@ def tune(
         study.tell(trial, [report.step_s, report.gate_mass])
         seen.add(_key(config))
         progress(len(seen), choice.trials, config.describe())
-    return _result(study, len(found_before))
 
 
-def _open_study(journal: Path, identity: str, scenario: Scenario) -> optuna.Study:
+def _open_study(storage: JournalStorage, journal: Path, identity: str, scenario: Scenario) -> optuna.Study:
     try:
-        storage = open_journal(journal)
         others = [name for name in optuna.get_all_study_names(storage) if name != scenario.name]
         study = optuna.create_study(
             study_name=scenario.name, storage=storage, directions=_DIRECTIONS, load_if_exists=True
         )
     except (ValueError, KeyError) as error:
-        raise InputError(f"{journal}: not a readable journal ({error}); move it away and start again") from error
+        raise unreadable(journal, error) from error
     stored = study.user_attrs.get(_IDENTITY)
     if stored is None and not others:
         study.set_user_attr(_IDENTITY, identity)

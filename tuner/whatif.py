@@ -18,6 +18,7 @@ FIELDS = {
     "gpu": "cluster.device",
     "top_k": "config.parameters.k",
     "tokens_per_rank": "batch.tokens_per_rank",
+    "placement": "config.placement.algorithm",
     "redundant_slots": "config.placement.redundant_slots",
 }
 

@@ -59,6 +59,8 @@ class RankGroup:
 
 def require_device(device: str, ranks: int) -> None:
     """Raise `DeviceError`, with the mend, unless `ranks` ranks can run on `device`."""
+    if ranks < 1:
+        raise DeviceError(f"{ranks} ranks; use at least 1")
     if device not in DEVICES:
         raise DeviceError(f"unknown device {device!r}; use one of {', '.join(DEVICES)}")
     if device == "cuda" and not torch.cuda.is_available():

@@ -69,6 +69,7 @@ def demo(
         simulate.print_report(baseline, bound)
 
     _stage(5, "tune: the front of step time against gate mass kept")
+    (out / tune.JOURNAL_FILE).unlink(missing_ok=True)  # an earlier demo's, which stood on another calibration
     study = tune.search(replays, out)
     if not json:
         tune.print_front(study)

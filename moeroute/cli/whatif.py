@@ -12,7 +12,7 @@ def whatif(
     vary: Annotated[
         list[str],
         typer.Option(
-            help="name=value,value,…; may be repeated. ranks, gpu, top_k, tokens_per_rank, redundant_slots, "
+            help="name=value,value,…; may be repeated. ranks, gpu, top_k, placement, redundant_slots, "
             "or a field's path in the scenario."
         ),
     ],

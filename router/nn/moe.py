@@ -1,6 +1,5 @@
 """The mixture-of-experts layer: one set of weights, a padded path to train it and a policy's path to run it."""
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 from cost_models.microbench.experts import expert_mlp
 from router.assignment import Assignment
 from router.candidates import Candidates
+from router.capacity import Capacity
 from router.context import RouteContext, State
 from router.policies import RoutingPolicy
 
@@ -18,7 +18,7 @@ from router.policies import RoutingPolicy
 class TrainingRule:
     """How the layer routes while it trains.
 
-    Each expert takes at most ceil(`capacity_factor` * T * K / E) pairs of a step, first choices first: 1.5 made
+    Each expert takes at most ceil(T * K / E * `capacity_factor`) pairs of a step, first choices first: 1.5 made
     steps 2.7 times as fast as padding to the fullest expert (measured). `balance` is the factor on the
     load-balancing loss.
     """
@@ -63,7 +63,7 @@ class MoELayer(nn.Module):
         pair_KT = F.one_hot(ids_TK.T.reshape(-1), experts)
         place_N = (pair_KT.cumsum(dim=0) * pair_KT).sum(dim=-1) - 1
         place_TK = place_N.view(k, tokens).T
-        capacity = math.ceil(rule.capacity_factor * tokens * k / experts)
+        capacity = Capacity(factor=rule.capacity_factor).pairs_per_expert(tokens, k, experts)
         kept_TK = place_TK < capacity
         row_TK = torch.where(kept_TK, ids_TK * capacity + place_TK, experts * capacity)
 

@@ -23,6 +23,8 @@ class Placement:
 
     def __post_init__(self) -> None:
         check_slots(self.slots, self.ranks, self.experts)
+        if self.slot_to_expert_LS.min() < 0 or self.slot_to_expert_LS.max() >= self.experts:
+            raise InputError(f"placement: a slot holds an expert that is none of 0 to {self.experts - 1}")
         for layer, expert_S in enumerate(self.slot_to_expert_LS):
             missing = np.setdiff1d(np.arange(self.experts), expert_S)
             if missing.size:
@@ -64,6 +66,8 @@ class Placement:
 
 def check_slots(slots: int, ranks: int, experts: int) -> None:
     """Raise `InputError`, with the numbers and the mend, unless `slots` can hold `experts` on `ranks` ranks."""
+    if ranks < 1:
+        raise InputError(f"{ranks} ranks; use at least 1")
     if ranks > slots:
         raise InputError(
             f"{ranks} ranks but only {slots} expert slots; use at most {slots} ranks or add redundant slots"

@@ -12,6 +12,7 @@ from router.assignment import UNUSED, Assignment
 from router.placement import place
 from router.placement.base import Placement
 from router.replicas import ReplicaChoice, choose_slots
+from traces.errors import InputError
 
 # Rank 0 holds slots 0 and 1, rank 1 holds 2 and 3: both experts on both ranks.
 TWICE = Placement(slot_to_expert_LS=np.array([[0, 1, 0, 1]]), experts=2, ranks=2)
@@ -59,11 +60,14 @@ def test_local_falls_back_to_turns_where_the_rank_has_none() -> None:
 
 
 def test_without_replicas_the_slot_is_the_experts_own() -> None:
-    placement = Placement(slot_to_expert_LS=np.array([[2, 0], [0, 2], [1, 1]])[:1, [1, 0]], experts=1, ranks=1)
-    assert placement.slots == 2
     one_each = Placement(slot_to_expert_LS=np.array([[3, 1, 0, 2]]), experts=4, ranks=2)
     for choice in BOTH_CHOICES:
         assert slots(assigned([[0, 1], [2, 3]]), one_each, [0, 1], choice) == [[2, 1], [3, 0]]
+
+
+def test_a_slot_without_a_known_expert_is_refused() -> None:
+    with pytest.raises(InputError, match="a slot holds an expert that is none of 0 to 1"):
+        Placement(slot_to_expert_LS=np.array([[0, 1, 2]]), experts=2, ranks=1)
 
 
 def test_layers_have_tables_of_their_own() -> None:

@@ -228,3 +228,10 @@ def test_a_full_disk_leaves_nothing(tmp_path):
     assert run.returncode == 0, run.stderr
     assert run.stdout.startswith("OSError")
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_candidates_that_are_not_best_first_are_refused(tmp_path):
+    trace = trace_of([[[0, 1]]], [[[0.2, 0.7]]], model=tiny_model(layers=1))
+    write_trace(tmp_path / "trace.parquet", trace)
+    with pytest.raises(InputError, match="candidates must be best first"):
+        read_trace(tmp_path / "trace.parquet")

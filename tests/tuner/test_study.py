@@ -37,8 +37,9 @@ def finished_in(journal: Path, scratch: Path) -> dict[str, tuple[int, tuple[floa
     """The finished trials of a journal as optuna itself reads a copy of it: number and values by config."""
     copy = scratch / f"copy of {journal.name}"
     shutil.copy(journal, copy)
-    study = optuna.load_study(study_name="small", storage=open_journal(copy))
-    finished = study.get_trials(states=(optuna.trial.TrialState.COMPLETE,))
+    with open_journal(copy) as storage:
+        study = optuna.load_study(study_name="small", storage=storage)
+        finished = study.get_trials(states=(optuna.trial.TrialState.COMPLETE,))
     return {
         config_key(Config.model_validate(trial.user_attrs["config"])): (trial.number, tuple(trial.values))
         for trial in finished
@@ -105,7 +106,8 @@ def test_an_evaluation_that_fails_leaves_the_others(tmp_path: Path) -> None:
     assert len(before) == 5
     check_resumed(run(small_scenario(12), tmp_path / "journal"), before, 12)
     # Trial 5 is not left running for ever, for other readers of the journal.
-    stored = optuna.load_study(study_name="small", storage=open_journal(tmp_path / "journal")).get_trials()
+    with open_journal(tmp_path / "journal") as storage:
+        stored = optuna.load_study(study_name="small", storage=storage).get_trials()
     assert stored[5].state == optuna.trial.TrialState.FAIL
     assert not [trial for trial in stored if trial.state == optuna.trial.TrialState.RUNNING]
 
@@ -305,3 +307,9 @@ def test_no_trial_beats_one_of_the_front_and_each_other_is_matched(trials: tuple
                 assert (other.step_s, other.gate_mass) == (member.step_s, member.gate_mass)
     assert all(any(covers(member, other) for member in front) for other in trials)
     assert [t.step_s for t in front] == sorted({t.step_s for t in front})
+
+
+def test_two_studies_at_once_on_one_journal_are_refused(tmp_path: Path) -> None:
+    journal = tmp_path / "journal"
+    with open_journal(journal), pytest.raises(InputError, match="another moeroute is at work on it"):
+        run(small_scenario(3), journal)

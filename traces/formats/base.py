@@ -17,7 +17,7 @@ class Imported:
 
 
 def check_values(trace: RoutingTrace) -> None:
-    """Check that a token's experts are distinct in each layer and that its gates are usable numbers.
+    """Check that a token's experts are distinct in each layer and that its gates are usable numbers, best first.
 
     Gates must be finite, and at least 0 unless they are logits. Errors: `InputError` naming the first bad place.
     """
@@ -40,4 +40,11 @@ def check_values(trace: RoutingTrace) -> None:
             f"trace {trace.source}: token {token}, layer {layer} has gate {trace.gates_TLC[token, layer, candidate]}; "
             f"gates of kind {trace.score_kind} must be finite"
             + ("" if trace.score_kind == "logits" else " and at least 0 (are these logits?)")
+        )
+    rising_TL = (np.diff(trace.gates_TLC, axis=2) > 0).any(axis=2)
+    if rising_TL.any():
+        token, layer = np.argwhere(rising_TL)[0]
+        raise InputError(
+            f"trace {trace.source}: token {token}, layer {layer} has gates {trace.gates_TLC[token, layer].tolist()}; "
+            "candidates must be best first"
         )
