@@ -47,8 +47,8 @@ def rest_of_step(group: RankGroup, *, wait: bool) -> Callable[[], object]:
     """A call that leaves a rank as the rest of a step would: matrix products over other weights, then a wait.
 
     A kernel that is called again and again finds its data in the caches and its branches predicted; in a step it comes
-    after other kernels and a blocking collective, and takes up to twice as long (measured: sorting candidates, 0.5 ms
-    against 0.9 to 1.1). Collectives are timed without the `wait`, so that they have the skew of ranks that come to them
+    after other kernels and a blocking collective, and takes 1.4 to 3 times as long (benchmarks/hot_or_in_step.py).
+    Collectives are timed without the `wait`, so that they have the skew of ranks that come to them
     from work.
     """
     weights_XDD = torch.randn(8, 512, 512, device=group.device)  # 8 MB, several times a core's own caches
