@@ -12,7 +12,7 @@ from router.context import RouteContext
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Capacity:
-    """Each expert computes at most C = ceil(factor * tokens * K / E) pairs; the rest are dropped.
+    """Each expert computes at most C = ceil(tokens * K / E * factor) pairs; the rest are dropped.
 
     K is the most experts a token can get, as Megatron counts it. `scope` says over which tokens: those of one
     `source_rank`, as Megatron and Tutel do, so that no communication is needed, or `global`, all of the step.
@@ -39,12 +39,11 @@ class Capacity:
         experts = candidates.experts
         if self.scope == "source_rank":
             source_T, scopes = candidates.source_rank_T, context.ranks
-            tokens_by_scope = bincount(source_T, scopes)
         else:
             source_T, scopes = xp.zeros_like(candidates.source_rank_T), 1
-            tokens_by_scope = bincount(source_T, scopes)
         limit_by_scope = xp.asarray(
-            [self.pairs_per_expert(int(count), k, experts) for count in tokens_by_scope], device=ids_TK.device
+            [self.pairs_per_expert(int(count), k, experts) for count in bincount(source_T, scopes)],
+            device=ids_TK.device,
         )
         # Unused pairs queue in a group of their own, so that they fill nobody's capacity.
         unused_group = scopes * experts

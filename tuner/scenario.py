@@ -3,6 +3,7 @@
 Paths are relative to the scenario's own folder. An unknown key is an error, so that no typo passes for a default.
 """
 
+import json
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -106,6 +107,10 @@ class Config(_Strict):
         whole = {name: int(value) if float(value).is_integer() else value for name, value in self.parameters.items()}
         capacity = None if self.capacity is None else Capacity(**self.capacity.model_dump())
         return RoutingPolicy(selection=make_selection(self.policy, whole), capacity=capacity)
+
+    def key(self) -> str:
+        """What tells it from other configs; the order in which parameters were written does not."""
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True)
 
     def describe(self) -> str:
         """In a few words."""

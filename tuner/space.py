@@ -3,6 +3,8 @@
 import math
 from typing import Any, Literal, Protocol
 
+import numpy as np
+
 from tuner.scenario import CapacityChoice, Config, PlacementChoice, Space
 
 
@@ -15,8 +17,27 @@ class Suggests(Protocol):
     def suggest_int(self, name: str, low: int, high: int) -> int:
         """A whole number in [low, high]."""
 
-    def suggest_float(self, name: str, low: float, high: float, *, step: float | None = None) -> float:
-        """A number in [low, high]."""
+    def suggest_float(self, name: str, low: float, high: float, *, step: float) -> float:
+        """A number in [low, high], a whole number of steps above low."""
+
+
+class RandomSuggestions:
+    """Uniform draws, for configs that no sampler chose."""
+
+    def __init__(self, seed: int) -> None:
+        self._generator = np.random.default_rng(seed)
+
+    def suggest_categorical(self, name: str, choices: list[Any]) -> Any:
+        """One of `choices`."""
+        return choices[int(self._generator.integers(len(choices)))]
+
+    def suggest_int(self, name: str, low: int, high: int) -> int:
+        """A whole number in [low, high]."""
+        return int(self._generator.integers(low, high + 1))
+
+    def suggest_float(self, name: str, low: float, high: float, *, step: float) -> float:
+        """A number in [low, high], a whole number of steps above low."""
+        return low + step * int(self._generator.integers(round((high - low) / step) + 1))
 
 
 # Steps finer than these change no decision that a run could tell apart, and coarse ones let a study see repeats.

@@ -101,13 +101,13 @@ def _search(
         study.tell(cut_off.number, state=TrialState.FAIL)
     seed = scenario.seed + len(study.get_trials(deepcopy=False))
     sampler, explorer = _sampler(choice, seed), RandomSampler(seed=seed)
-    seen = {_key(Config.model_validate(finished.user_attrs[_CONFIG])) for finished in _finished(study)}
+    seen = {Config.model_validate(finished.user_attrs[_CONFIG]).key() for finished in _finished(study)}
     misses = 0
     while len(seen) < choice.trials:
         study.sampler = explorer if misses else sampler  # a sampler that repeats itself has settled down too early
         trial = study.ask()
         config = scenario.config if not seen else suggest_config(trial, choice.space)
-        if _key(config) in seen:
+        if config.key() in seen:
             misses += 1
             trial.set_user_attr(_REPEAT, True)
             study.tell(trial, state=TrialState.FAIL)
@@ -122,7 +122,7 @@ def _search(
         trial.set_user_attr(_CONFIG, config.model_dump(mode="json"))
         trial.set_user_attr(_REPORT, report.to_json())
         study.tell(trial, [report.step_s, report.gate_mass])
-        seen.add(_key(config))
+        seen.add(config.key())
         progress(len(seen), choice.trials, config.describe())
 
 
@@ -153,10 +153,6 @@ def _sampler(choice: StudyChoice, seed: int) -> BaseSampler:
 
 def _finished(study: optuna.Study) -> list[FrozenTrial]:
     return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-
-
-def _key(config: Config) -> str:
-    return json.dumps(config.model_dump(mode="json"), sort_keys=True)
 
 
 def _result(study: optuna.Study, found_before: int) -> StudyResult:

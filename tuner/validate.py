@@ -21,7 +21,7 @@ from router.nn.store import ReferenceModel
 from traces.progress import Progress, quiet
 from tuner.replays import Replays
 from tuner.scenario import Config, Space
-from tuner.space import suggest_config
+from tuner.space import RandomSuggestions, suggest_config
 from tuner.study import StudyResult
 
 # Winners are named by the gate mass that they keep: the fastest trial that keeps as much.
@@ -95,42 +95,24 @@ class Validation:
 def choose_contenders(baseline: Config, study: StudyResult, space: Space, *, random: int, seed: int) -> list[Contender]:
     """The baseline, the fastest of the front at each floor of kept gate mass, and `random` other configs."""
     contenders = [Contender(name="baseline", role="baseline", config=baseline)]
-    taken = {baseline.model_dump_json()}
+    taken = {baseline.key()}
 
     def add(name: str, role: str, config: Config) -> None:
-        if config.model_dump_json() not in taken:
-            taken.add(config.model_dump_json())
+        if config.key() not in taken:
+            taken.add(config.key())
             contenders.append(Contender(name=name, role=role, config=config))
 
     for floor in KEPT_FLOORS:
         keeping = [trial for trial in study.front if trial.gate_mass >= floor]
         if keeping:
             add(f"keeps {floor:.0%}", "winner", keeping[0].config)
-    generator = _RandomSuggestions(seed)
+    generator = RandomSuggestions(seed)
     for _ in range(100 * random):
         drawn = sum(contender.role == "random" for contender in contenders)
         if drawn == random:
             break
         add(f"random {drawn + 1}", "random", suggest_config(generator, space))
     return contenders
-
-
-class _RandomSuggestions:
-    """Uniform draws, where a study has a sampler."""
-
-    def __init__(self, seed: int) -> None:
-        self._generator = np.random.default_rng(seed)
-
-    def suggest_categorical(self, name: str, choices: list[Any]) -> Any:
-        return choices[int(self._generator.integers(len(choices)))]
-
-    def suggest_int(self, name: str, low: int, high: int) -> int:
-        return int(self._generator.integers(low, high + 1))
-
-    def suggest_float(self, name: str, low: float, high: float, *, step: float | None = None) -> float:
-        if step is None:
-            return float(self._generator.uniform(low, high))
-        return low + step * int(self._generator.integers(round((high - low) / step) + 1))
 
 
 def validate(

@@ -28,8 +28,8 @@ Result = TypeVar("Result")
 
 DEVICES = ("cpu", "cuda")
 # Keep freed memory, as the caching allocator of a GPU does: buffers of a few MB that come and go every step would
-# otherwise be mapped and faulted in each time, which takes longer than to fill them.
-_KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 * 2**20), "MALLOC_TRIM_THRESHOLD_": str(2**30)}
+# otherwise be mapped and faulted in each time, which takes longer than to fill them (benchmarks/kept_memory.py).
+KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 * 2**20), "MALLOC_TRIM_THRESHOLD_": str(2**30)}
 _BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 
 
@@ -85,7 +85,7 @@ def run_on_ranks(
     with tempfile.TemporaryDirectory(prefix="moeroute-") as folder:
         store = Path(folder, "rendezvous").as_uri()
         processes, pipes = [], []
-        os.environ.update(_KEEP_MEMORY)  # read by the C library when a process starts
+        os.environ.update(KEEP_MEMORY)  # read by the C library when a process starts
         for rank in range(ranks):
             ours, theirs = context.Pipe(duplex=False)
             process = context.Process(

@@ -29,7 +29,10 @@ class _Commands(TyperGroup):
         except BrokenPipeError:
             raise  # the reader of our output has left: typer ends quietly
         except OSError as error:
-            say(f"error: {error.filename or 'write'}: {error.strerror}; nothing was left half written")
+            say(
+                f"error: {error.filename or 'write'}: {error.strerror}; check the path, its permissions and "
+                "the space left (nothing was left half written)"
+            )
             raise typer.Exit(_BAD_INPUT) from error
         except KeyboardInterrupt as error:
             say("interrupted; what was finished is kept, start again to go on")

@@ -41,7 +41,7 @@ def demo(
 
     start = time.monotonic()
     scenario_path = out / "scenario.yaml"
-    write_text(scenario_path, _SCENARIO.read_text(encoding="utf-8").replace("seed: 0", f"seed: {seed}"))
+    write_text(scenario_path, _SCENARIO.read_text(encoding="utf-8") + f"seed: {seed}\n")
     scenario = read_scenario(scenario_path)
     require_device(device, scenario.cluster.ranks)
 

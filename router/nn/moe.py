@@ -18,9 +18,8 @@ from router.policies import RoutingPolicy
 class TrainingRule:
     """How the layer routes while it trains.
 
-    Each expert takes at most ceil(T * K / E * `capacity_factor`) pairs of a step, first choices first: 1.5 made
-    steps 2.7 times as fast as padding to the fullest expert (measured). `balance` is the factor on the
-    load-balancing loss.
+    Each expert takes at most ceil(T * K / E * `capacity_factor`) pairs of a step, first choices first: 1.5 drops few
+    and pads far less than the fullest expert would. `balance` is the factor on the load-balancing loss.
     """
 
     top_k: int
@@ -72,7 +71,7 @@ class MoELayer(nn.Module):
         token_TK = torch.arange(tokens, device=x_TD.device)[:, None].expand(tokens, k)
         token_of_row[row_TK.reshape(-1)] = token_TK.reshape(-1)
         if torch.is_autocast_enabled(x_TD.device.type):
-            # Gathering rows that are narrow already makes steps 20% faster (measured).
+            # Before they are gathered, so that fewer bytes are.
             x_TD = x_TD.to(torch.get_autocast_dtype(x_TD.device.type))
         rows_ECD = x_TD.index_select(0, token_of_row[:-1]).view(experts, capacity, -1)
         w_in_E2FD = torch.cat((self.w_gate_EFD, self.w_up_EFD), dim=1)
