@@ -10,7 +10,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cost_models.ops import AllToAll, Combine, Experts, Gate, MemoryCopy, Operation, Permute, Regroup, Route
+from cost_models.ops import (
+    AllToAll,
+    Combine,
+    DenseMlp,
+    Experts,
+    Gate,
+    MemoryCopy,
+    Operation,
+    Permute,
+    Prediction,
+    Regroup,
+    Route,
+    TokenExchange,
+    busiest_remote_bytes,
+    traffic,
+)
 from cost_models.profile import Curve, Profile
 from traces.errors import InputError
 
@@ -89,9 +104,12 @@ def shape_of(operation: Operation) -> dict[str, float]:
         case Gate(hidden=hidden, experts=experts):
             return {"hidden": hidden, "experts": experts}
         case Experts():
+            widths = np.unique(operation.expert_hidden)
+            if widths.size > 1:
+                raise InputError(f"a calibration is of experts of one width, these have {widths.tolist()}")
             return {
                 "hidden": operation.hidden,
-                "expert_hidden": operation.expert_hidden,
+                "expert_hidden": int(widths[0]),
                 "matrices": operation.matrices,
                 "weight_bytes": operation.weight_bytes,
             }
@@ -107,12 +125,7 @@ def curve_bytes(operation: MemoryCopy | AllToAll, *, full_duplex: bool) -> NDArr
     """
     if isinstance(operation, MemoryCopy):
         return np.asarray(operation.bytes_X, dtype=np.float64)
-    remote_XGG = np.asarray(operation.bytes_XGG, dtype=np.float64).copy()
-    diagonal = np.arange(remote_XGG.shape[-1])
-    remote_XGG[..., diagonal, diagonal] = 0
-    sent_XG, received_XG = remote_XGG.sum(axis=-1), remote_XGG.sum(axis=-2)
-    busy_XG = np.maximum(sent_XG, received_XG) if full_duplex else (sent_XG + received_XG) / 2
-    return np.asarray(busy_XG.max(axis=-1))
+    return busiest_remote_bytes(operation.bytes_XGG, full_duplex=full_duplex)
 
 
 class Calibrated:
@@ -126,14 +139,38 @@ class Calibrated:
         """For reports."""
         return f"calibrated on {self._profile.device_name}"
 
+    @property
+    def included(self) -> frozenset[type]:
+        """Every operation was measured by itself."""
+        return frozenset()
+
     def seconds(self, operation: Operation) -> NDArray[np.float64]:
         """Seconds for each operation: shape X. `InputError` if the profile does not cover it."""
+        return self.predict(operation).seconds_X
+
+    def predict(self, operation: Operation) -> Prediction:
+        """Seconds for each operation with the interval of the sizes that were held out: shape X.
+
+        Errors: `InputError` if the profile does not cover the operation.
+        """
+        operation = _as_measured(operation)
         if isinstance(operation, MemoryCopy | AllToAll):
-            return self._on_curve(operation)
-        name = type(operation).__name__
+            seconds_X, extrapolated_X = self._on_curve(operation)
+        else:
+            seconds_X, extrapolated_X = self._linear(operation)
+        error = self._profile.errors.get(_name(operation))
+        return Prediction(
+            seconds_X=seconds_X,
+            low_s_X=None if error is None else seconds_X * error.low,
+            high_s_X=None if error is None else seconds_X * error.high,
+            extrapolated_X=extrapolated_X,
+        )
+
+    def _linear(self, operation: Operation) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+        name = _name(operation)
         fitted = self._profile.linear.get(name)
         if fitted is None:
-            raise InputError(f"profile of {self._profile.device_name} has no {name}; run moeroute calibrate")
+            raise self._no(name)
         if fitted.shape != shape_of(operation):
             raise InputError(
                 f"profile of {self._profile.device_name} was measured for {name} of {fitted.shape}, "
@@ -146,19 +183,49 @@ class Calibrated:
                 f"profile of {self._profile.device_name} has nothing for {name}: {min(missing)}; calibrate again"
             )
         terms = [fitted.coefficients[feature] * np.asarray(value) for feature, value in values.items()]
-        return np.asarray(sum(terms), dtype=np.float64)
+        beyond = [np.asarray(value) > fitted.largest[feature] for feature, value in values.items()]
+        return np.asarray(sum(terms), dtype=np.float64), np.asarray(np.any(np.broadcast_arrays(*beyond), axis=0))
 
-    def _on_curve(self, operation: MemoryCopy | AllToAll) -> NDArray[np.float64]:
-        name = type(operation).__name__
+    def _no(self, name: str) -> InputError:
+        known = ", ".join(sorted([*self._profile.linear, *self._profile.curves]))
+        return InputError(
+            f"profile of {self._profile.device_name} has no {name}; it has {known or 'nothing'}; run moeroute calibrate"
+        )
+
+    def _on_curve(self, operation: MemoryCopy | AllToAll) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+        name = _name(operation)
         curve = self._profile.curves.get(name)
         if curve is None:
-            raise InputError(f"profile of {self._profile.device_name} has no {name}; run moeroute calibrate")
+            raise self._no(name)
         if isinstance(operation, AllToAll) and np.shape(operation.bytes_XGG)[-1] != self._profile.ranks:
             raise InputError(
                 f"profile of {self._profile.device_name} was measured on {self._profile.ranks} ranks, "
                 f"the cluster has {np.shape(operation.bytes_XGG)[-1]}; calibrate on as many"
             )
-        return read_curve(curve, curve_bytes(operation, full_duplex=curve.full_duplex))
+        bytes_X = curve_bytes(operation, full_duplex=curve.full_duplex)
+        return read_curve(curve, bytes_X), np.asarray(bytes_X > curve.bytes[-1])
+
+
+def _as_measured(operation: Operation) -> Operation:
+    """The operation as the microbenchmarks time it: an exchange by its bytes, a dense MLP as an expert of its own."""
+    match operation:
+        case TokenExchange():
+            return AllToAll(bytes_XGG=traffic(operation))
+        case DenseMlp():
+            return Experts(
+                rows_XS=np.asarray(operation.rows_X)[..., None],
+                hidden=operation.hidden,
+                expert_hidden=operation.mlp_hidden,
+                matrices=operation.matrices,
+                weight_bytes=operation.weight_bytes,
+                row_bytes=operation.row_bytes,
+            )
+        case _:
+            return operation
+
+
+def _name(operation: Operation) -> str:
+    return "AllToAll" if isinstance(operation, AllToAll) else type(operation).__name__
 
 
 def read_curve(curve: Curve, bytes_X: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -15,14 +15,17 @@ from traces.errors import InputError
 
 
 class Cluster:
-    """G ranks that reach each other over the links of `graph`, whose rank nodes are the integers 0..G-1."""
+    """G ranks on `nodes` nodes that reach each other over the links of `graph`, where they are the integers 0..G-1."""
 
-    def __init__(self, *, name: str, graph: "nx.DiGraph[object]", ranks: int, device: Device | None) -> None:
+    def __init__(
+        self, *, name: str, graph: "nx.DiGraph[object]", ranks: int, device: Device | None, nodes: int = 1
+    ) -> None:
         if ranks < 1:
             raise InputError(f"cluster {name}: {ranks} ranks; it needs at least 1")
         self.name = name
         self.graph = graph
         self.ranks = ranks
+        self.nodes = nodes
         self.device = device
 
     @cached_property
@@ -68,7 +71,7 @@ def gpu_cluster(device: Device, ranks: int) -> Cluster:
             _both_ways(graph, f"nic{rank}", "network", device.scale_out)
         for other, bandwidth in links:
             _both_ways(graph, rank, other, bandwidth)
-    return Cluster(name=f"{ranks} x {device.name}", graph=graph, ranks=ranks, device=device)
+    return Cluster(name=f"{ranks} x {device.name}", graph=graph, ranks=ranks, device=device, nodes=nodes)
 
 
 def cpu_box(ranks: int) -> Cluster:

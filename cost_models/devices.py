@@ -8,6 +8,30 @@ from traces.errors import InputError
 
 FP4_WITH_SCALES_BYTES = 0.5625  # 4 bits and an 8-bit scale for every 16 elements (NVFP4); MXFP4 has one for 32
 
+# Bytes an element, scales included; `half` and `int8` are what NCCL's tables call two bytes and one.
+DTYPE_BYTES: Mapping[str, float] = {
+    "bfloat16": 2.0,
+    "half": 2.0,
+    "fp8": 1.0,
+    "fp8_block": 1.0,
+    "int8": 1.0,
+    "nvfp4": FP4_WITH_SCALES_BYTES,
+    "fp4": FP4_WITH_SCALES_BYTES,
+    "w4a16_mxfp4": 0.53125,
+}
+
+
+def known_dtype(dtype: str) -> bool:
+    """Whether `dtype_bytes` knows it."""
+    return dtype in DTYPE_BYTES
+
+
+def dtype_bytes(dtype: str) -> float:
+    """Bytes an element of weights of `dtype`; `InputError` lists the known ones."""
+    if dtype not in DTYPE_BYTES:
+        raise InputError(f"unknown dtype {dtype!r}; known are {', '.join(DTYPE_BYTES)}")
+    return DTYPE_BYTES[dtype]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Device:
@@ -15,7 +39,9 @@ class Device:
 
     `peak_flops` FLOP/s by bytes an element of the weights (2: bf16, 1: fp8, 0.5: fp4); `memory_bytes`;
     `memory_bandwidth` bytes/s; `scale_up` and `scale_out` bytes/s to the other ranks of its node (NVLink)
-    and to other nodes (its NIC), one direction; `ranks_per_node` in the scale-up domain.
+    and to other nodes (its NIC), one direction; `ranks_per_node` in the scale-up domain; `sms` streaming
+    multiprocessors and `l2_bytes` of second-level cache, from the vendor's architecture papers; `host_bandwidth`
+    bytes/s from the host's memory (PCIe, or NVLink-C2C shared by the two GPUs of a superchip).
     """
 
     name: str
@@ -25,6 +51,9 @@ class Device:
     scale_up: float
     scale_out: float
     ranks_per_node: int
+    sms: int
+    l2_bytes: float
+    host_bandwidth: float
 
     def peak(self, weight_bytes: float) -> float:
         """FLOP/s for weights of `weight_bytes` an element; what has no peak of its own is unpacked to bf16 first.
@@ -45,6 +74,9 @@ def _h100(name: str, *, memory_bytes: float, memory_bandwidth: float, scale_up: 
         scale_up=scale_up,
         scale_out=50 * GB,
         ranks_per_node=8,
+        sms=132,
+        l2_bytes=50e6,
+        host_bandwidth=64 * GB,
     )
 
 
@@ -59,6 +91,9 @@ DEVICES = {
             scale_up=300 * GB,
             scale_out=25 * GB,
             ranks_per_node=8,
+            sms=108,
+            l2_bytes=40e6,
+            host_bandwidth=32 * GB,
         ),
         _h100("h100_sxm", memory_bytes=85.9 * GB, memory_bandwidth=3.35 * TB, scale_up=450 * GB),
         _h100("h200_sxm", memory_bytes=151 * GB, memory_bandwidth=4.8 * TB, scale_up=450 * GB),
@@ -71,6 +106,9 @@ DEVICES = {
             scale_up=900 * GB,
             scale_out=100 * GB,
             ranks_per_node=8,
+            sms=148,
+            l2_bytes=126e6,
+            host_bandwidth=64 * GB,
         ),
         Device(
             name="gb200",
@@ -80,6 +118,9 @@ DEVICES = {
             scale_up=900 * GB,
             scale_out=100 * GB,
             ranks_per_node=72,
+            sms=148,
+            l2_bytes=126e6,
+            host_bandwidth=225 * GB,
         ),
         Device(
             name="l40s",
@@ -89,6 +130,45 @@ DEVICES = {
             scale_up=32 * GB,
             scale_out=50 * GB,
             ranks_per_node=8,
+            sms=142,
+            l2_bytes=96e6,
+            host_bandwidth=32 * GB,
+        ),
+        Device(
+            name="b300_sxm",
+            memory_bytes=288.4 * GB,
+            memory_bandwidth=7.75 * TB,
+            peak_flops={2: 2250 * TFLOP, 1: 4500 * TFLOP, 0.5: 14000 * TFLOP},
+            scale_up=900 * GB,
+            scale_out=100 * GB,
+            ranks_per_node=8,
+            sms=148,
+            l2_bytes=126e6,
+            host_bandwidth=64 * GB,
+        ),
+        Device(
+            name="gb300",
+            memory_bytes=298 * GB,
+            memory_bandwidth=8 * TB,
+            peak_flops={2: 2500 * TFLOP, 1: 5000 * TFLOP, 0.5: 15000 * TFLOP},
+            scale_up=900 * GB,
+            scale_out=100 * GB,
+            ranks_per_node=72,
+            sms=148,
+            l2_bytes=126e6,
+            host_bandwidth=225 * GB,
+        ),
+        Device(
+            name="rtx_pro_6000_server",
+            memory_bytes=102.6 * GB,
+            memory_bandwidth=1.792 * TB,
+            peak_flops={2: 467.8 * TFLOP, 1: 935.6 * TFLOP, 0.5: 1871.2 * TFLOP},
+            scale_up=64 * GB,
+            scale_out=50 * GB,
+            ranks_per_node=8,
+            sms=188,
+            l2_bytes=128e6,
+            host_bandwidth=64 * GB,
         ),
     )
 }

@@ -2,14 +2,16 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import fields
 
 import numpy as np
 from scipy.optimize import isotonic_regression, nnls
 
 from cost_models.calibrated import LINEAR, Calibrated, curve_bytes, features, read_curve, shape_of
+from cost_models.intervals import fit_spread
 from cost_models.microbench.benchmark import Measurement
-from cost_models.ops import AllToAll, MemoryCopy
-from cost_models.profile import Curve, FitError, LinearFit, Profile
+from cost_models.ops import AllToAll, MemoryCopy, Operation
+from cost_models.profile import Curve, FitError, LinearFit, Point, Profile
 
 
 def fit_profile(
@@ -33,17 +35,49 @@ def fit_profile(
         linear={kind.__name__: fit_linear(cases) for kind, cases in fitted.items() if kind in LINEAR},
         curves={kind.__name__: fit_curve(cases) for kind, cases in fitted.items() if kind not in LINEAR},
         errors={},
+        points={},
         probe_s=probe_s,
         load_average=load_average,
     )
     model = Calibrated(profile)
-    errors = {}
-    for kind, cases in by_operation.items():
-        relative = np.array([model.seconds(m.operation) / m.seconds - 1 for m in cases if m.held_out])
-        errors[kind.__name__] = FitError(
-            mape=float(np.abs(relative).mean()), median_ape=float(np.median(np.abs(relative))), cases=relative.size
-        )
-    return profile.model_copy(update={"errors": errors})
+    points = {kind.__name__: [_point(model, case) for case in cases] for kind, cases in by_operation.items()}
+    errors = {name: _error([point for point in some if point.held_out]) for name, some in points.items()}
+    return profile.model_copy(update={"errors": errors, "points": points})
+
+
+def _point(model: Calibrated, case: Measurement) -> Point:
+    predicted_s = float(model.seconds(case.operation))
+    return Point(
+        label=size_label(case.operation), measured_s=case.seconds, predicted_s=predicted_s, held_out=case.held_out
+    )
+
+
+def size_label(operation: Operation) -> str:
+    """The sizes of a scalar operation in a few words.
+
+    >>> size_label(MemoryCopy(bytes_X=np.array(4096)))
+    'bytes 4096'
+    """
+    sizes = {
+        field.name.rpartition("_")[0]: np.asarray(getattr(operation, field.name))
+        for field in fields(operation)
+        if field.name.endswith(("_X", "_XS", "_XGG")) and getattr(operation, field.name) is not None
+    }
+    return ", ".join(f"{name} {int(size.sum())}" for name, size in sizes.items())
+
+
+def _error(held_out: Sequence[Point]) -> FitError:
+    measured_N = np.array([point.measured_s for point in held_out])
+    predicted_N = np.array([point.predicted_s for point in held_out])
+    errors = np.abs(predicted_N / measured_N - 1)
+    spread = fit_spread(predicted_N, measured_N, np.zeros(len(held_out), dtype=np.int64))
+    return FitError(
+        mape=float(errors.mean()),
+        median_ape=float(np.median(errors)),
+        cases=len(held_out),
+        low=min(spread.low),
+        high=max(spread.high),
+    )
 
 
 def fit_linear(cases: Sequence[Measurement]) -> LinearFit:
@@ -56,7 +90,8 @@ def fit_linear(cases: Sequence[Measurement]) -> LinearFit:
     scale = np.maximum(np.abs(relative).max(axis=0), 1e-300)  # features differ by orders of magnitude
     solution, _ = nnls(relative / scale, np.ones(len(cases)))
     coefficients = dict(zip(names, (solution / scale).tolist(), strict=True))
-    return LinearFit(shape=shape_of(cases[0].operation), coefficients=coefficients)
+    largest = dict(zip(names, matrix.max(axis=0).tolist(), strict=True))
+    return LinearFit(shape=shape_of(cases[0].operation), coefficients=coefficients, largest=largest)
 
 
 def fit_curve(cases: Sequence[Measurement]) -> Curve:

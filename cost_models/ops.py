@@ -1,7 +1,8 @@
-"""The operations of a MoE layer, as a cost model prices them: arrays of them at once.
+"""The operations of a model's step, as a cost model prices them: arrays of them at once.
 
 X is any leading shape (steps, layers, ranks, …); scalars are allowed. Each names the work, not how it is done;
-the widths that do not vary inside a model are plain numbers.
+the widths that do not vary inside a model are plain numbers. A `kernel` picks one of the kernels that a profile has
+for an operation, by the name that its measured table gives it; empty: the profile's own choice.
 """
 
 from dataclasses import dataclass
@@ -9,6 +10,8 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from traces.errors import InputError
 
 Array = NDArray[Any]
 
@@ -58,15 +61,35 @@ class Regroup:
 class Experts:
     """Expert MLPs of one rank: `rows_XS` rows for each of its S slots, every slot with rows reads its weights.
 
-    `matrices` is 3 for gated MLPs; `weight_bytes` is bytes an element of the weights.
+    `expert_hidden` is one width or one a slot, `matrices` is 3 for gated MLPs and 2 for others; `weight_bytes` is bytes
+    an element of the weights, `dtype` the arithmetic where a profile tells several apart. `routed_tokens_X`: tokens
+    that the kernel sees, those with no row on this rank too; None: every row is a token of its own. `top_k`: experts
+    that each of them chose, on other ranks too; 0: those of this rank alone.
     """
 
     rows_XS: Array
     hidden: int
-    expert_hidden: int
+    expert_hidden: int | Array
     matrices: int
     weight_bytes: float
     row_bytes: int
+    routed_tokens_X: Array | int | None = None
+    top_k: int = 0
+    dtype: str = "bfloat16"
+    kernel: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DenseMlp:
+    """A dense MLP, a shared expert say, on `rows_X` rows; fields as in `Experts`."""
+
+    rows_X: Array
+    hidden: int
+    mlp_hidden: int
+    matrices: int
+    weight_bytes: float
+    row_bytes: int
+    dtype: str = "bfloat16"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +115,187 @@ class AllToAll:
     bytes_XGG: Array
 
 
-Operation = Gate | Route | Permute | Regroup | Experts | Combine | MemoryCopy | AllToAll
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CountExchange(AllToAll):
+    """Tell every rank how many rows it will get from each other, ahead of the rows themselves."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenExchange:
+    """Dispatch of tokens to the ranks of their experts, or the combine on their way back. One time for all ranks.
+
+    `tokens_X` tokens of each rank, each sent to `top_k` of `experts` experts chosen evenly over `ranks_X` ranks on
+    `nodes_X` nodes; where the real traffic is known, `bytes_XGG` says it and its busiest rank counts instead.
+    `mode`: `normal` sends a token once to each destination rank (once to each node, then inside it), `low_latency` once
+    for each expert. `dtype` of the payload. `sms_X`: multiprocessors that the kernel may use; 0: its own choice.
+    """
+
+    tokens_X: Array
+    hidden: int | Array
+    top_k: int | Array
+    experts: int | Array
+    ranks_X: Array
+    nodes_X: Array
+    direction: Literal["dispatch", "combine"]
+    mode: Literal["normal", "low_latency"]
+    dtype: str = "bfloat16"
+    sms_X: Array | int = 0
+    bytes_XGG: Array | None = None
+    kernel: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Collective:
+    """A collective of `ranks_X` ranks inside one node over a buffer of `bytes_X`, counted as nccl-tests count it.
+
+    That is the whole buffer of a rank: the input of an all-reduce, a reduce-scatter and an all-to-all, the output of an
+    all-gather.
+    """
+
+    kind: Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all"]
+    bytes_X: Array
+    ranks_X: Array
+    dtype: str = "bfloat16"
+    kernel: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gemm:
+    """Dense products of [rows, inner] by [inner, columns]; `dtype` of the weights and inputs."""
+
+    rows_X: Array
+    columns_X: Array | int
+    inner_X: Array | int
+    dtype: str = "bfloat16"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attention:
+    """Attention of `batch_X` requests of `new_tokens_X` tokens each that look back on `cached_tokens_X` more.
+
+    Causal; `heads_X` query and `kv_heads_X` key-value heads of this rank (as many: MHA, fewer: GQA), `head_dim` wide.
+    Decode is one new token. The kernel alone, without the projections around it.
+    """
+
+    batch_X: Array
+    new_tokens_X: Array | int
+    cached_tokens_X: Array | int
+    heads_X: Array | int
+    kv_heads_X: Array | int
+    head_dim: int
+    phase: Literal["prefill", "decode"]
+    kv_dtype: str = "bfloat16"
+    dtype: str = "bfloat16"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mla:
+    """Multi-head latent attention of DeepSeek-V3's widths, for `batch_X` requests as in `Attention`.
+
+    `heads_X` heads of this rank. `part`: the attention `kernel` alone, or the whole `block` with its projections, whose
+    products are in `gemm_dtype`.
+    """
+
+    batch_X: Array
+    new_tokens_X: Array | int
+    cached_tokens_X: Array | int
+    heads_X: Array | int
+    phase: Literal["prefill", "decode"]
+    part: Literal["kernel", "block"]
+    kv_dtype: str = "bfloat16"
+    gemm_dtype: str = "bfloat16"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MlaProjection:
+    """The absorbed products of latent attention at decode: `rows_X` tokens by `heads_X` small matrices.
+
+    `step`: `pre` brings queries into the latent space (128 to 512 wide), `post` brings results back (512 to 128).
+    """
+
+    rows_X: Array
+    heads_X: Array | int
+    step: Literal["pre", "post"]
+    dtype: str = "bfloat16"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostToDevice:
+    """Load `bytes_X` bytes of weights (an expert, say) from the host's memory."""
+
+    bytes_X: Array
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Launch:
+    """Start `kernels_X` kernels one after another, without a graph."""
+
+    kernels_X: Array
+
+
+Operation = (
+    Gate
+    | Route
+    | Permute
+    | Regroup
+    | Experts
+    | DenseMlp
+    | Combine
+    | MemoryCopy
+    | AllToAll
+    | CountExchange
+    | TokenExchange
+    | Collective
+    | Gemm
+    | Attention
+    | Mla
+    | MlaProjection
+    | HostToDevice
+    | Launch
+)
+
+
+def traffic(operation: AllToAll | TokenExchange) -> Array:
+    """Bytes from source to destination rank, [..., G, G]; `InputError` where an exchange does not say."""
+    if operation.bytes_XGG is None:
+        raise InputError(
+            "this cost model prices an exchange by its traffic; give bytes_XGG, source by destination rank"
+        )
+    return operation.bytes_XGG
+
+
+def busiest_remote_bytes(bytes_XGG: Array, *, full_duplex: bool = True) -> NDArray[np.float64]:
+    """What the busiest rank exchanges with the others, shape X.
+
+    The larger of bytes sent and received if its link is `full_duplex`, else their mean. What a rank sends to
+    itself does not count.
+    """
+    remote_XGG = np.array(bytes_XGG, dtype=np.float64)
+    diagonal = np.arange(remote_XGG.shape[-1])
+    remote_XGG[..., diagonal, diagonal] = 0
+    sent_XG, received_XG = remote_XGG.sum(axis=-1), remote_XGG.sum(axis=-2)
+    busy_XG = np.maximum(sent_XG, received_XG) if full_duplex else (sent_XG + received_XG) / 2
+    return np.asarray(busy_XG.max(axis=-1))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    """What operations take, shape X, and how sure that is.
+
+    `low_s_X` and `high_s_X`: between them lie 90% of what was measured of operations held out of the fit; None where
+    the model has no such measurements. `extrapolated_X`: the operation lies beyond what was measured.
+    """
+
+    seconds_X: NDArray[np.float64]
+    low_s_X: NDArray[np.float64] | None
+    high_s_X: NDArray[np.float64] | None
+    extrapolated_X: NDArray[np.bool_]
+
+    @classmethod
+    def unmeasured(cls, seconds_X: NDArray[np.float64]) -> "Prediction":
+        """Of a model that stands on no measurements: no intervals, and nothing to lie beyond."""
+        nowhere_X = np.zeros(np.shape(seconds_X), dtype=bool)
+        return cls(seconds_X=seconds_X, low_s_X=None, high_s_X=None, extrapolated_X=nowhere_X)
 
 
 class CostModel(Protocol):
@@ -102,5 +305,12 @@ class CostModel(Protocol):
     def name(self) -> str:
         """Where the figures come from, in a few words for reports."""
 
+    @property
+    def included(self) -> frozenset[type]:
+        """Operations that happen inside others of this model, so that nobody pays for them twice."""
+
+    def predict(self, operation: Operation) -> Prediction:
+        """Seconds for each operation of the array, shape X; `InputError` for operations that the model cannot price."""
+
     def seconds(self, operation: Operation) -> NDArray[np.float64]:
-        """Seconds for each operation of the array: shape X."""
+        """The seconds alone."""

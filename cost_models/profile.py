@@ -1,15 +1,14 @@
 """Profile: what a calibration found, as the JSON file that is kept."""
 
-import json
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from traces.errors import InputError
-from traces.files import write_json
+from traces.files import read_document, write_json
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 class _Strict(BaseModel):
@@ -17,10 +16,11 @@ class _Strict(BaseModel):
 
 
 class LinearFit(_Strict):
-    """Seconds by feature, for operations of one shape."""
+    """Seconds by feature, for operations of one shape; `largest`: each feature's largest value that was measured."""
 
     shape: dict[str, float]
     coefficients: dict[str, float]
+    largest: dict[str, float]
 
 
 class Curve(_Strict):
@@ -44,11 +44,25 @@ class Curve(_Strict):
 
 
 class FitError(_Strict):
-    """Absolute errors, as fractions of the measured time, over `cases` sizes that were not fitted."""
+    """Absolute errors, as fractions of the measured time, over `cases` sizes that were not fitted.
+
+    `low` and `high`: measured times of those sizes lie between these multiples of the predicted ones.
+    """
 
     mape: float
     median_ape: float
     cases: int
+    low: Annotated[float, Field(gt=0, le=1)]
+    high: Annotated[float, Field(ge=1)]
+
+
+class Point(_Strict):
+    """One measurement beside what the profile says of it, for plots."""
+
+    label: str
+    measured_s: float
+    predicted_s: float
+    held_out: bool
 
 
 class Profile(_Strict):
@@ -65,6 +79,7 @@ class Profile(_Strict):
     linear: dict[str, LinearFit]
     curves: dict[str, Curve]
     errors: dict[str, FitError]
+    points: dict[str, list[Point]] = Field(default_factory=dict)
     probe_s: tuple[float, float] = Field(description="before, after")
     load_average: float
 
@@ -81,12 +96,11 @@ class Profile(_Strict):
     @classmethod
     def read(cls, path: Path) -> Self:
         """Read a profile; `InputError` says what is wrong with the file."""
-        try:
-            document = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise InputError(f"{path}: no such profile; make one with moeroute calibrate -o {path.parent}") from error
-        except ValueError as error:
-            raise InputError(f"{path}: not a JSON file ({error}); run moeroute calibrate again") from error
+        return cls.parse(read_document(path), path)
+
+    @classmethod
+    def parse(cls, document: Any, path: Path) -> Self:
+        """Check a profile that was read from `path`."""
         version = document.get("format_version") if isinstance(document, dict) else None
         if version != FORMAT_VERSION:
             raise InputError(f"{path}: profile format {version}, this moeroute reads {FORMAT_VERSION}; calibrate again")

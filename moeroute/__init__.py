@@ -12,6 +12,8 @@ _HOMES = {
     "Config": "tuner.scenario",
     "DeviceError": "traces.errors",
     "InputError": "traces.errors",
+    "KernelCosts": "cost_models.kernel_costs",
+    "KernelProfile": "cost_models.kernel_profile",
     "ModelSpec": "traces.model",
     "MoerouteError": "traces.errors",
     "PRESETS": "traces.presets",

@@ -12,6 +12,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from cost_models.kernels.token_traffic import row_bytes
 from cost_models.ops import Route
 from router.assignment import Assignment
 from router.placement.base import Placement
@@ -35,16 +36,20 @@ class Hop:
 class Work:
     """What one microbatch makes the ranks do in each of L layers.
 
-    `tokens_G` tokens that each rank holds; `rows_LS` rows that each slot computes; `pairs_LGG` kept pairs by
-    source and computing rank; `route` the policy's own work; `count_bytes` for each rank pair, ahead of the rows;
-    `dispatch` and `combine` the hops there and back.
+    `protocol`: how rows travel; `tokens_G` tokens that each rank holds; `rows_LS` rows that each slot computes;
+    `pairs_LGG` kept pairs and `copies_LGG` tokens with any, by source and computing rank; `route` the policy's own work;
+    `count_bytes` for each rank pair, ahead of the rows; `dispatch`, in `dispatch_dtype`, and `combine` the hops there
+    and back.
     """
 
+    protocol: Protocol
     tokens_G: NDArray[np.int64]
     rows_LS: NDArray[np.int64]
     pairs_LGG: NDArray[np.int64]
+    copies_LGG: NDArray[np.int64]
     route: Route
     count_bytes: int
+    dispatch_dtype: str
     dispatch: tuple[Hop, ...]
     combine: tuple[Hop, ...]
 
@@ -67,9 +72,13 @@ def lower(
     policy: RoutingPolicy,
     source_rank_T: NDArray[np.int64],
     protocol: Protocol = "per_expert",
+    dispatch_dtype: str | None = None,
     replica_choice: ReplicaChoice = "even",
 ) -> Work:
-    """Lower the assignments of one step, one a layer, to the work of each rank."""
+    """Lower the assignments of one step, one a layer, to the work of each rank.
+
+    Tokens are dispatched in `dispatch_dtype`, with its scales, and come back as activations; None: both ways as those.
+    """
     ranks, slots = placement.ranks, placement.slots
     rows_LS = np.zeros((len(assignments), slots), dtype=np.int64)
     pairs_LGG = np.zeros((len(assignments), ranks, ranks), dtype=np.int64)
@@ -78,16 +87,22 @@ def lower(
         slot_TK = choose_slots(assignment, placement, layer, source_rank_T, replica_choice)
         _count(slot_TK, source_rank_T, placement.slots_per_rank, rows_LS[layer], pairs_LGG[layer], copies_LGG[layer])
     rows_LGG = pairs_LGG if protocol == "per_expert" else copies_LGG
-    sent_LGG = rows_LGG.astype(np.float64) * model.row_bytes
+    back_LGG = rows_LGG.swapaxes(1, 2).astype(np.float64) * model.row_bytes
+    out_bytes = (
+        model.row_bytes if dispatch_dtype is None else float(row_bytes(model.hidden, dispatch_dtype, "dispatch"))
+    )
     tokens_G = np.bincount(source_rank_T, minlength=ranks)
     return Work(
+        protocol=protocol,
         tokens_G=tokens_G,
         rows_LS=rows_LS,
         pairs_LGG=pairs_LGG,
+        copies_LGG=copies_LGG,
         route=route_operation(policy, placement, tokens_G),
         count_bytes=_COUNT_BYTES * placement.slots_per_rank,
-        dispatch=(Hop(tier="all", bytes_LGG=sent_LGG),),
-        combine=(Hop(tier="all", bytes_LGG=sent_LGG.swapaxes(1, 2)),),
+        dispatch_dtype=dispatch_dtype or "bfloat16",
+        dispatch=(Hop(tier="all", bytes_LGG=rows_LGG.astype(np.float64) * out_bytes),),
+        combine=(Hop(tier="all", bytes_LGG=back_LGG),),
     )
 
 

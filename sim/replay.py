@@ -22,7 +22,7 @@ from sim.engine import simulate_events
 from sim.lower import Protocol, Work, lower
 from sim.memory import memory_use
 from sim.report import Report, summarize
-from sim.stages import stages_of
+from sim.stages import at_interval_ends, stages_of
 from sim.timeline import Timeline
 from traces.batching import Step
 from traces.errors import InputError
@@ -36,7 +36,8 @@ SIMULATORS = {"analytic": simulate_analytic, "event": simulate_events}
 class Replay:
     """Everything about a replay that does not change with policy and placement.
 
-    `steps` index into `trace`; `kv_tokens_per_rank` are cached tokens that a rank holds.
+    `steps` index into `trace`; `dispatch_dtype` is that of dispatched tokens (None: as the activations);
+    `kv_tokens_per_rank` are cached tokens that a rank holds.
     """
 
     trace: RoutingTrace
@@ -44,6 +45,7 @@ class Replay:
     cluster: Cluster
     costs: CostModel
     protocol: Protocol = "per_expert"
+    dispatch_dtype: str | None = None
     kv_tokens_per_rank: int = 0
 
     def __post_init__(self) -> None:
@@ -101,9 +103,13 @@ class Replay:
         *,
         replica_choice: ReplicaChoice = "even",
         fidelity: Fidelity = "analytic",
+        intervals: bool = False,
         name: str = "",
     ) -> tuple[Report, list[Timeline], list[Work]]:
         """Simulate all steps: the report, and each step's timeline and work.
+
+        With `intervals` each step is simulated twice more, with all costs at the one and the other end of their
+        intervals: as sure as the cost model is if all its errors went the same way.
 
         Errors: `InputError` where the placement is of another model or another number of ranks.
         """
@@ -122,12 +128,17 @@ class Replay:
                 policy=policy,
                 source_rank_T=step.source_rank_T,
                 protocol=self.protocol,
+                dispatch_dtype=self.dispatch_dtype,
                 replica_choice=replica_choice,
             )
             for step, of_step in zip(self.steps, assignments, strict=True)
         ]
-        stages = [stages_of(work, model, self.costs) for work in works]
-        timelines = [SIMULATORS[fidelity](of_step) for of_step in stages]
+        stages = [stages_of(work, model, self.costs, nodes=self.cluster.nodes) for work in works]
+        simulate = SIMULATORS[fidelity]
+        timelines = [simulate(of_step) for of_step in stages]
+        ends = (
+            [[simulate(end).step_s for end in at_interval_ends(of_step)] for of_step in stages] if intervals else None
+        )
         device = self.cluster.device
         memory = memory_use(
             model,
@@ -144,6 +155,7 @@ class Replay:
             works=works,
             stages=stages,
             timelines=timelines,
+            interval_s=None if ends is None else tuple(np.mean(ends, axis=0).tolist()),
             quality=quality,
             memory=memory,
             flops_per_token=model.flops_per_token(quality.experts_per_token),

@@ -19,9 +19,11 @@ class Report:
     """Metrics of one configuration over the steps of a replay.
 
     Times are means over steps, seconds. `stage_s`: by stage, the mean over ranks; `waiting_s`: the part of the step in
-    which an average rank has nothing to do. `token_imbalance` and `active_imbalance`: the largest rank's rows,
-    and its active experts, over the mean rank's, averaged over layers and steps. `gate_mass`: router score kept, as a
-    share of what the model's own top k has. `dropped_share`: of chosen pairs.
+    which an average rank has nothing to do. `interval_s`: the step with all costs at the ends of their intervals, where
+    that was asked for. `extrapolated`: by stage, the share of its time priced beyond what was measured.
+    `token_imbalance` and `active_imbalance`: the largest rank's rows, and its active experts, over the mean rank's,
+    averaged over layers and steps. `gate_mass`: router score kept, as a share of what the model's own top k has.
+    `dropped_share`: of chosen pairs.
     """
 
     name: str
@@ -34,6 +36,8 @@ class Report:
     tokens_per_s_per_rank: float
     stage_s: dict[str, float]
     waiting_s: float
+    interval_s: tuple[float, float] | None
+    extrapolated: dict[str, float]
     token_imbalance: float
     active_imbalance: float
     experts_per_token: float
@@ -42,6 +46,12 @@ class Report:
     network_bytes_per_step: float
     expert_flops_per_token: float
     memory: MemoryUse
+
+    @property
+    def extrapolated_share(self) -> float:
+        """The share of all stages' time that is priced beyond what was measured."""
+        total_s = sum(self.stage_s.values())
+        return sum(self.stage_s[name] * share for name, share in self.extrapolated.items()) / total_s
 
     def to_json(self) -> dict[str, Any]:
         """The report as a JSON object."""
@@ -56,6 +66,7 @@ def summarize(
     works: Sequence[Work],
     stages: Sequence[Sequence[Stage]],
     timelines: Sequence[Timeline],
+    interval_s: tuple[float, float] | None = None,
     quality: RoutingQuality,
     memory: MemoryUse,
     flops_per_token: float,
@@ -81,6 +92,8 @@ def summarize(
         tokens_per_s=tokens / step_s,
         tokens_per_s_per_rank=tokens / step_s / ranks,
         stage_s=stage_s,
+        interval_s=interval_s,
+        extrapolated=_extrapolated(stages),
         waiting_s=float(np.mean([timeline.idle_G().mean() for timeline in timelines])),
         token_imbalance=_imbalance(rows_by_rank),
         active_imbalance=_imbalance(active_by_rank),
@@ -91,6 +104,18 @@ def summarize(
         expert_flops_per_token=flops_per_token,
         memory=memory,
     )
+
+
+def _extrapolated(stages: Sequence[Sequence[Stage]]) -> dict[str, float]:
+    shares = {}
+    for index, stage in enumerate(stages[0]):
+        total_s = sum(float(s[index].seconds_LG.sum()) for s in stages)
+        beyond_s = sum(
+            float(s[index].seconds_LG[mask].sum()) for s in stages if (mask := s[index].extrapolated_LG) is not None
+        )
+        if beyond_s > 0:
+            shares[stage.name] = beyond_s / total_s
+    return shares
 
 
 def _imbalance(loads_LG: Sequence[NDArray[np.int64]]) -> float:

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from traces.errors import InputError
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -34,3 +36,13 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, document: Any) -> None:
     """Write `document` to `path` as indented JSON, whole or not at all; NaN is refused."""
     write_text(path, json.dumps(document, indent=1, allow_nan=False) + "\n")
+
+
+def read_document(path: Path) -> Any:
+    """The JSON document of a profile's file; `InputError` if there is none."""
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such profile; make one with moeroute calibrate -o {path.parent}") from error
+    except ValueError as error:
+        raise InputError(f"{path}: not a JSON file ({error}); run moeroute calibrate again") from error

@@ -23,14 +23,18 @@ _HF_KEYS = {
     "vocab": ("vocab_size",),
 }
 
+# The plain format of weights of at least so many bytes an element, scales included.
+_DTYPE_OF_BYTES = {4.0: "float32", 2.0: "bfloat16", 1.0: "fp8", 0.5625: "nvfp4"}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
     """One mixture-of-experts model.
 
     Counts are whole numbers, widths are in elements, `weight_bytes` and `activation_bytes` are bytes an
-    element (0.5 for 4-bit weights). `renormalise` says whether the gates of a token's chosen experts are
-    scaled to sum to one. `kv_bytes_per_token` covers all layers.
+    element (0.5 for 4-bit weights). `weight_dtype` names the weights' format where their bytes do not tell it (8 bits
+    may be scaled as a whole, `fp8`, or in blocks, `fp8_block`). `renormalise` says whether the gates of a token's
+    chosen experts are scaled to sum to one. `kv_bytes_per_token` covers all layers.
     """
 
     name: str
@@ -45,6 +49,7 @@ class ModelSpec:
     other_parameters: int = 0
     kv_bytes_per_token: int = 0
     weight_bytes: float = 2.0
+    weight_dtype: str | None = None
     activation_bytes: int = 2
     renormalise: bool = True
 
@@ -57,6 +62,17 @@ class ModelSpec:
                 f"model {self.name}: top_k {self.top_k} is more than its {self.experts} experts; "
                 f"use top_k <= {self.experts}"
             )
+
+    @property
+    def dtype(self) -> str:
+        """The format of the weights: as given, else the plain one of as many bytes.
+
+        >>> ModelSpec(name="m", layers=1, experts=2, top_k=1, hidden=8, expert_hidden=8, weight_bytes=1.0).dtype
+        'fp8'
+        """
+        if self.weight_dtype is not None:
+            return self.weight_dtype
+        return next((name for bytes_, name in _DTYPE_OF_BYTES.items() if self.weight_bytes >= bytes_), "mxfp4")
 
     @property
     def expert_parameters(self) -> int:
@@ -93,7 +109,7 @@ class ModelSpec:
         Attention, embeddings, routers and dense layers go into `other_parameters`, all in the weights' dtype.
         Errors: `InputError` naming the missing key.
         """
-        found = {}
+        found: dict[str, Any] = {}
         for field, keys in _HF_KEYS.items():
             value = next((config[key] for key in keys if config.get(key) is not None), None)
             if value is None:

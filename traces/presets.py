@@ -105,12 +105,16 @@ _CONFIGS: dict[str, Mapping[str, Any]] = {
     },
 }
 
-# Bytes an element of the published expert weights, where it is not bfloat16. MXFP4 is 4 bits and one
-# 8-bit scale for 32 elements (OCP Microscaling v1.0): 4.25 bits.
-_WEIGHT_BYTES = {"gpt-oss-20b": 4.25 / 8, "gpt-oss-120b": 4.25 / 8, "deepseek-v3": 1.0}
+# Published expert weights that are not bfloat16: bytes an element and format. MXFP4 is 4 bits and one 8-bit scale for
+# 32 elements (OCP Microscaling v1.0): 4.25 bits. DeepSeek's 8-bit weights have a scale for each block of 128 x 128.
+_WEIGHTS: dict[str, dict[str, Any]] = {
+    "gpt-oss-20b": {"weight_bytes": 4.25 / 8, "weight_dtype": "w4a16_mxfp4"},
+    "gpt-oss-120b": {"weight_bytes": 4.25 / 8, "weight_dtype": "w4a16_mxfp4"},
+    "deepseek-v3": {"weight_bytes": 1.0, "weight_dtype": "fp8_block"},
+}
 
 PRESETS: dict[str, ModelSpec] = {
-    name: replace(ModelSpec.from_hf_config(config, name=name), weight_bytes=_WEIGHT_BYTES.get(name, 2.0))
+    name: replace(ModelSpec.from_hf_config(config, name=name), **_WEIGHTS.get(name, {}))
     for name, config in _CONFIGS.items()
 }
 """The model of each preset name."""

@@ -15,14 +15,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 from plotly import graph_objects as go
-from plotly.offline import get_plotlyjs
 from plotly.subplots import make_subplots
 
 from cost_models.profile import Profile
 from sim.report import Report
-from traces.files import write_text
 from traces.stats import TraceStats
 from tuner import html_page as h
+from tuner.html_plot import figure_text, plot, write_page
 from tuner.study import StudyResult, Trial
 
 if TYPE_CHECKING:  # loads torch, which a page needs nothing of
@@ -71,15 +70,7 @@ def write_html(path: Path, page: ReportPage) -> None:
         "Calibration": _calibration(page.profile, page.baseline.costs),
         "What these numbers are, and their limits": _limits(page),
     }
-    document = h.PAGE.substitute(
-        title=escape(page.title),
-        plotly=get_plotlyjs(),
-        style=h.STYLE,
-        headline=_headline(page),
-        scenario="".join(f"<li>{escape(line)}</li>" for line in page.scenario),
-        sections="".join(f"<section><h2>{escape(name)}</h2>{body}</section>\n" for name, body in sections.items()),
-    )
-    write_text(path, document)
+    write_page(path, title=page.title, headline=_headline(page), facts=page.scenario, sections=sections)
 
 
 def _headline(page: ReportPage) -> str:
@@ -182,7 +173,7 @@ def _front(page: ReportPage) -> str:
         trials = [trial for trial in study.trials if trial.config.policy == policy]
         figure.add_scatter(
             **_points(trials),
-            name=_figure_text(policy),
+            name=figure_text(policy),
             mode="markers",
             marker={
                 "color": colour,
@@ -217,14 +208,14 @@ def _front(page: ReportPage) -> str:
         "Every trial of the study: further left is faster, further up keeps more of the router's score. The line joins "
         "the trials that no other beats on both."
     )
-    return _plot("front", figure, caption + (" Numbers are those of the table." if numbers else ""), height=460)
+    return plot("front", figure, caption + (" Numbers are those of the table." if numbers else ""), height=460)
 
 
 def _points(trials: Sequence[Trial]) -> dict[str, Any]:
     return {
         "x": [1e3 * trial.step_s for trial in trials],
         "y": [trial.gate_mass for trial in trials],
-        "text": [f"trial {trial.number}<br>{_figure_text(trial.config.describe())}" for trial in trials],
+        "text": [f"trial {trial.number}<br>{figure_text(trial.config.describe())}" for trial in trials],
         "hovertemplate": "%{text}<br>%{x:.3f} ms, %{y:.1%} of gate mass<extra></extra>",
     }
 
@@ -254,7 +245,7 @@ def _accuracy(validation: "Validation | None") -> str:
             text=[str(number) for number, _ in runs],
             textfont={"color": "white", "size": 11},
             marker={"color": colour, "size": 18, "line": {"color": "white", "width": 1}},
-            customdata=[f"{_figure_text(run.name)}<br>{_figure_text(run.config)}" for _, run in runs],
+            customdata=[f"{figure_text(run.name)}<br>{figure_text(run.config)}" for _, run in runs],
             hovertemplate="%{customdata}<br>predicted %{x:.3f} ms, measured %{y:.3f} ms<extra></extra>",
         )
     figure.update_xaxes(title="predicted step time (ms)")
@@ -264,7 +255,7 @@ def _accuracy(validation: "Validation | None") -> str:
         f"{h.number(validation.spearman, '.2f')}, over {len(numbered)} configs. Numbers are those of the table; "
         "points above the line took longer than predicted."
     )
-    return _plot("accuracy", figure, caption, height=460)
+    return plot("accuracy", figure, caption, height=460)
 
 
 def _stages(page: ReportPage) -> str:
@@ -276,10 +267,10 @@ def _stages(page: ReportPage) -> str:
         figure.add_bar(
             y=names,
             x=[1e3 * seconds[name] if name in seconds else None for name in names],
-            name=_figure_text(label),
+            name=figure_text(label),
             orientation="h",
             marker={"color": colour},
-            hovertemplate=f"{_figure_text(label)}<br>%{{y}}: %{{x:.3f}} ms<extra></extra>",
+            hovertemplate=f"{figure_text(label)}<br>%{{y}}: %{{x:.3f}} ms<extra></extra>",
         )
     figure.update_layout(barmode="group", bargap=0.25)
     figure.update_xaxes(title="time a step (ms)")
@@ -293,7 +284,7 @@ def _stages(page: ReportPage) -> str:
             " A measured stage is the first rank's; its waiting is inside <i>counts</i>, <i>dispatch</i> and "
             "<i>return</i>, where ranks meet."
         )
-    return _plot("stages", figure, caption, height=150 + len(names) * (10 + 9 * len(stages_s)))
+    return plot("stages", figure, caption, height=150 + len(names) * (10 + 9 * len(stages_s)))
 
 
 def _compared_stages(page: ReportPage) -> dict[str, dict[str, float]]:
@@ -353,7 +344,7 @@ def _heat_maps(ratios_LX: Mapping[str, NDArray[np.float64]], columns: str, capti
     extent = max(0.16, *(float(np.abs(log_LX).max()) for log_LX in logs_LX))
     ticks = [tick for tick in _HEAT_TICKS if tick == 1 or extent / 4 <= abs(log2(tick)) <= extent + 1e-9]
     figure = make_subplots(
-        cols=len(ratios_LX), subplot_titles=[_figure_text(name) for name in ratios_LX], shared_yaxes=True
+        cols=len(ratios_LX), subplot_titles=[figure_text(name) for name in ratios_LX], shared_yaxes=True
     )
     for index, (ratio_LX, log_LX) in enumerate(zip(ratios_LX.values(), logs_LX, strict=True), 1):
         gap_px = 1 if ratio_LX.shape[1] <= 64 else 0  # narrow cells would be mostly gap
@@ -390,7 +381,7 @@ def _heat_maps(ratios_LX: Mapping[str, NDArray[np.float64]], columns: str, capti
             },
         },
     )
-    return _plot(f"{columns}-loads", figure, caption, height=plot_px + 140)
+    return plot(f"{columns}-loads", figure, caption, height=plot_px + 140)
 
 
 def _trace(stats: TraceStats) -> str:
@@ -455,35 +446,6 @@ def _limits_of_measurement(validation: "Validation") -> str:
         f"{h.number(v.gate_mass_against_loss, '.2f')}, where 1 is the same order. The loss is the reference model's; "
         "another model may lose more or less.</li>"
     )
-
-
-def _plot(name: str, figure: go.Figure, caption: str, *, height: int) -> str:
-    figure.update_layout(
-        template="plotly_white",
-        height=height,
-        font={"family": "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif", "size": 13, "color": "#1f2933"},
-        legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
-        hoverlabel={"align": "left"},
-        dragmode=False,  # a finger that scrolls the page must not zoom a plot
-    )
-    figure.update_layout(
-        margin={"l": 10, "r": 10, "t": figure.layout.margin.t or 40, "b": figure.layout.margin.b or 50}
-    )
-    figure.update_xaxes(automargin=True, linecolor="#9aa5b1", zeroline=False)
-    figure.update_yaxes(automargin=True, linecolor="#9aa5b1", zeroline=False)
-    plot = figure.to_html(
-        full_html=False,
-        include_plotlyjs=False,
-        div_id=f"plot-{name}",
-        config={"displaylogo": False, "responsive": True},
-        default_height=f"{height}px",
-    )
-    return f"<figure>{plot}<figcaption>{caption}</figcaption></figure>\n"
-
-
-def _figure_text(text: str) -> str:
-    """Escaped for plotly, which knows tags but not `&quot;`."""
-    return escape(text, quote=False)
 
 
 def _badge(number: int, role: str) -> str:

@@ -4,14 +4,15 @@ import hashlib
 import json
 
 from traces.store import trace_digest
+from tuner.costs import profile_paths
 from tuner.replays import Replays
 
 
 def study_identity(replays: Replays) -> str:
-    """A digest of the scenario (but for the number of trials), the content of its trace, and that of its profile."""
+    """A digest of the scenario (but for the number of trials), the content of its trace, and that of its profiles."""
     scenario = replays.scenario
     document = scenario.model_dump(mode="json", by_alias=True, exclude={"trace", "costs", "study"})
-    costs = scenario.costs if isinstance(scenario.costs, str) else scenario.costs.read_text(encoding="utf-8")
+    costs = [path.read_text(encoding="utf-8") for path in profile_paths(scenario)]
     study = scenario.study.model_dump(mode="json", exclude={"trials"})
     content = json.dumps([document, study, costs, trace_digest(replays.trace)], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()

@@ -1,17 +1,13 @@
 """From a scenario to its replays: the trace cut into windows, the cluster and the costs made."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cost_models.calibrated import Calibrated
 from cost_models.cluster import Cluster, cpu_box, gpu_cluster
-from cost_models.devices import device
-from cost_models.ops import CostModel
-from cost_models.profile import Profile
-from cost_models.roofline import Roofline
+from cost_models.devices import device, dtype_bytes
 from router.placement import place
 from router.placement.base import Placement, check_slots
 from sim.lower import Work
@@ -24,6 +20,7 @@ from traces.presets import preset
 from traces.store import read_trace
 from traces.synthetic import synthetic_trace
 from traces.trace import RoutingTrace
+from tuner.costs import make_costs
 from tuner.scenario import Config, Scenario, SyntheticTrace
 
 Window = Literal["tune", "validate"]
@@ -41,7 +38,7 @@ class Replays:
     @classmethod
     def of(cls, scenario: Scenario, trace: RoutingTrace | None = None) -> Self:
         """Read what the scenario names (but for a `trace` that is given); `InputError` if it does not fit together."""
-        trace = trace or load_trace(scenario)
+        trace = _in_weights(trace or load_trace(scenario), scenario.weights)
         check_width("config", scenario.config.routing_policy().selection.width, trace)
         check_slots(slots_of(scenario.config, trace), scenario.cluster.ranks, trace.model.experts)
         scenario = fit_space(scenario, trace)
@@ -62,6 +59,7 @@ class Replays:
                 cluster=cluster,
                 costs=costs,
                 protocol=scenario.protocol,
+                dispatch_dtype=scenario.dispatch_dtype,
                 kv_tokens_per_rank=scenario.batch.kv_tokens_per_rank,
             )
             for name, window in zip(names, others, strict=True)
@@ -79,7 +77,13 @@ class Replays:
         )
 
     def run(
-        self, config: Config, *, window: Window = "tune", fidelity: Fidelity | None = None, name: str = ""
+        self,
+        config: Config,
+        *,
+        window: Window = "tune",
+        fidelity: Fidelity | None = None,
+        intervals: bool = False,
+        name: str = "",
     ) -> tuple[Report, list[Timeline], list[Work]]:
         """Replay one window under one config."""
         return self.windows[window].run(
@@ -87,6 +91,7 @@ class Replays:
             self.placement(config),
             replica_choice=config.placement.replica_choice,
             fidelity=fidelity or self.scenario.fidelity,
+            intervals=intervals,
             name=name or config.describe(),
         )
 
@@ -137,22 +142,16 @@ def load_trace(scenario: Scenario) -> RoutingTrace:
     return read_trace(scenario.trace)
 
 
+def _in_weights(trace: RoutingTrace, weights: str | None) -> RoutingTrace:
+    """The trace of the same model with weights in another format (None: its own)."""
+    if weights is None:
+        return trace
+    model = replace(trace.model, weight_bytes=dtype_bytes(weights), weight_dtype=weights)
+    return replace(trace, model=model)
+
+
 def make_cluster(scenario: Scenario) -> Cluster:
     """The scenario's cluster."""
     if scenario.cluster.device == "cpu":
         return cpu_box(scenario.cluster.ranks)
     return gpu_cluster(device(scenario.cluster.device), scenario.cluster.ranks)
-
-
-def make_costs(scenario: Scenario, cluster: Cluster) -> CostModel:
-    """The scenario's cost model: a profile's, or the datasheet's."""
-    if scenario.costs == "datasheet":
-        return Roofline(cluster)
-    profile = Profile.read(scenario.costs)
-    needed = "cpu" if scenario.cluster.device == "cpu" else "cuda"
-    if profile.device != needed:
-        raise InputError(
-            f"{scenario.costs}: measured on {profile.device} ranks, the cluster's are {scenario.cluster.device}; "
-            f"use a profile of moeroute calibrate --device {needed}, or another cluster.device"
-        )
-    return Calibrated(profile)

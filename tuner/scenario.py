@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
-from cost_models.devices import DEVICES
+from cost_models.devices import DEVICES, DTYPE_BYTES, known_dtype
+from cost_models.kernel_profile import FRAMEWORKS
 from router.capacity import Capacity
 from router.placement import PLACEMENTS
 from router.policies import SELECTIONS, RoutingPolicy, make_selection
@@ -19,7 +20,7 @@ from traces.errors import InputError
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Factor = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-_TAGS = ("file", "synthetic")  # which of its two forms a field has; not part of its name
+_TAGS = ("file", "synthetic", "kernels")  # which of its two forms a field has; not part of its name
 
 
 class _Strict(BaseModel):
@@ -168,8 +169,22 @@ class Windows(_Strict):
         return self.plan, self.tune, self.validate_
 
 
+Kernels = Annotated[list[str], BeforeValidator(lambda v: [v] if isinstance(v, str) else v), Field(min_length=1)]
+
+
+def _form_of_costs(value: Any) -> str:
+    if isinstance(value, list) or value in FRAMEWORKS:
+        return "kernels"
+    return "datasheet" if value == "datasheet" else "file"
+
+
 class Scenario(_Strict):
-    """The whole file. `costs` is `datasheet` or the path of a profile; `config` is the baseline."""
+    """The whole file. `config` is the baseline.
+
+    `costs` is `datasheet`, the path of a profile, or measured kernels: frameworks whose profiles come with moeroute,
+    or paths of such profiles, in order of preference. `weights` is the format of the experts' weights, where they do
+    not run in the model's own; `dispatch_dtype` that of dispatched tokens, where it is not the activations'.
+    """
 
     version: Literal[1]
     name: str
@@ -179,16 +194,32 @@ class Scenario(_Strict):
     ]
     cluster: ClusterChoice
     costs: Annotated[
-        Annotated[Path, Tag("file")] | Annotated[Literal["datasheet"], Tag("datasheet")],
-        Discriminator(lambda value: "datasheet" if value == "datasheet" else "file"),
+        Annotated[Path, Tag("file")]
+        | Annotated[Literal["datasheet"], Tag("datasheet")]
+        | Annotated[Kernels, Tag("kernels")],
+        Discriminator(_form_of_costs),
     ] = "datasheet"
+    weights: str | None = None
     batch: Batch
     config: Config
     protocol: Literal["per_expert", "per_rank"] = "per_expert"
+    dispatch_dtype: Literal["bfloat16", "fp8", "nvfp4"] | None = None
     fidelity: Literal["analytic", "event"] = "event"
     windows: Windows = Windows()
     study: StudyChoice = StudyChoice()
     seed: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _known_names(self) -> Self:
+        for name in self.costs if isinstance(self.costs, list) else ():
+            if name not in FRAMEWORKS and not name.endswith(".json"):
+                raise ValueError(
+                    f"costs: {name!r} is neither a .json profile nor a framework with measured kernels; "
+                    f"those are {', '.join(FRAMEWORKS)}"
+                )
+        if self.weights is not None and not known_dtype(self.weights):
+            raise ValueError(f"weights: unknown dtype {self.weights!r}; known are {', '.join(DTYPE_BYTES)}")
+        return self
 
 
 def read_scenario(path: Path) -> Scenario:
@@ -200,13 +231,14 @@ def read_scenario(path: Path) -> Scenario:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
     scenario = parse_scenario(document, source=str(path))
-    return scenario.model_copy(
-        update={
-            field: path.parent / value
-            for field in ("trace", "costs")
-            if isinstance(value := getattr(scenario, field), Path)
-        }
-    )
+    beside: dict[str, Any] = {
+        field: path.parent / value
+        for field in ("trace", "costs")
+        if isinstance(value := getattr(scenario, field), Path)
+    }
+    if isinstance(scenario.costs, list):
+        beside["costs"] = [str(path.parent / c) if c.endswith(".json") else c for c in scenario.costs]
+    return scenario.model_copy(update=beside)
 
 
 def parse_scenario(document: Any, *, source: str) -> Scenario:

@@ -63,7 +63,7 @@ def what_if(scenario: Scenario, vary: Mapping[str, Sequence[Any]]) -> list[Point
             varied = _with(varied, FIELDS.get(name, name).split("."), value, name)
         changed = parse_scenario(varied, source="--vary " + " ".join(f"{n}={v}" for n, v in point.items()))
         try:
-            report = Replays.of(changed, trace).run(changed.config)[0]
+            report = Replays.of(changed, trace).run(changed.config, intervals=True)[0]
         except InputError as problem:
             points.append(Point(values=point, report=None, problem=str(problem)))
         else:

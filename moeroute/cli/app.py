@@ -48,7 +48,7 @@ app = typer.Typer(
 )
 app.add_typer(trace.app, name="trace")
 app.add_typer(model.app, name="model")
-app.command(name="calibrate")(calibrate.calibrate)
+app.add_typer(calibrate.app, name="calibrate")
 app.command(name="simulate")(simulate.simulate)
 app.command(name="tune")(tune.tune)
 app.command(name="validate")(validate.validate)

@@ -6,11 +6,14 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from traces.progress import Progress
+
+if TYPE_CHECKING:
+    from sim.report import Report
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for what the command writes.")]
@@ -44,6 +47,15 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     for row in rows:
         table.add_row(*row)
     Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def interval_in_words(report: "Report") -> str:
+    """The ends of a step's interval, where its costs have any."""
+    from cost_models.units import human_seconds
+
+    if report.interval_s is None or report.interval_s[0] == report.interval_s[1]:
+        return ""
+    return " to ".join(human_seconds(end) for end in report.interval_s)
 
 
 @contextmanager

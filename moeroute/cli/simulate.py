@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moeroute.cli.console import Json, Out, ScenarioFile, print_json, print_table, say
+from moeroute.cli.console import Json, Out, ScenarioFile, interval_in_words, print_json, print_table, say
 
 if TYPE_CHECKING:
     from sim.report import Report
@@ -19,7 +19,7 @@ def simulate(scenario: ScenarioFile, out: Out = Path("out"), json: Json = False)
     replays = Replays.of(read_scenario(scenario))
     config = replays.scenario.config
     bound, _, _ = replays.run(config, fidelity="analytic")
-    report, timelines, _ = replays.run(config, fidelity="event")
+    report, timelines, _ = replays.run(config, fidelity="event", intervals=True)
     write_chrome_trace(out / "timeline.json", {report.name: timelines[0]})
     document = {"event": report.to_json(), "analytic": bound.to_json()}
     write_json(out / "report.json", document)
@@ -38,6 +38,7 @@ def print_report(report: "Report", bound: "Report") -> None:
     capacity = "" if memory.capacity_bytes is None else f" of {memory.capacity_bytes / GB:.4g} GB"
     rows: list[tuple[str, Any]] = [
         ("step time, event simulation", human_seconds(report.step_s)),
+        ("with all costs at the ends of their 90% intervals", interval_in_words(report) or "no intervals"),
         ("step time, analytic lower bound", human_seconds(bound.step_s)),
         ("tokens/s", f"{report.tokens_per_s:,.0f}"),
         ("tokens/s per rank", f"{report.tokens_per_s_per_rank:,.0f}"),
@@ -52,9 +53,14 @@ def print_report(report: "Report", bound: "Report") -> None:
     print_table(f"{report.name}, {report.costs}, {report.steps} steps", ["", ""], [[a, str(b)] for a, b in rows])
     print_table(
         "where a step goes, mean rank",
-        ["stage", "time", "share"],
+        ["stage", "time", "share", "beyond what was measured"],
         [
-            [stage, human_seconds(seconds), f"{seconds / report.step_s:.1%}"]
+            [
+                stage,
+                human_seconds(seconds),
+                f"{seconds / report.step_s:.1%}",
+                f"{beyond:.0%}" if (beyond := report.extrapolated.get(stage)) else "",
+            ]
             for stage, seconds in {**report.stage_s, "waiting for other ranks": report.waiting_s}.items()
         ],
     )

@@ -72,14 +72,18 @@ def run(
     replays: "Replays", contenders: "Sequence[Contender]", reference: "ReferenceModel", *, device: str, rounds: int
 ) -> "Validation":
     """Validate the contenders, with a progress bar."""
-    from cost_models.profile import Profile
+    from tuner.costs import calibration
     from tuner.validate import validate as run_contenders
 
-    costs = replays.scenario.costs
-    profile = None if isinstance(costs, str) else Profile.read(costs)
     with progress_bar("validating") as progress:
         return run_contenders(
-            replays, contenders, reference, device=device, rounds=rounds, profile=profile, progress=progress
+            replays,
+            contenders,
+            reference,
+            device=device,
+            rounds=rounds,
+            profile=calibration(replays.scenario),
+            progress=progress,
         )
 
 

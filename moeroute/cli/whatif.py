@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from moeroute.cli.console import Json, ScenarioFile, print_json, print_table
+from moeroute.cli.console import Json, ScenarioFile, interval_in_words, print_json, print_table, say
 
 
 def whatif(
@@ -36,16 +36,30 @@ def whatif(
     for point in points:
         row = [" ".join(f"{name}={value}" for name, value in point.values.items())]
         if point.report is None:
-            row += ["", "", "", "", point.problem or ""]
+            row += ["", "", "", "", "", "", point.problem or ""]
         else:
             report, memory = point.report, point.report.memory
             row += [
                 human_seconds(report.step_s),
+                interval_in_words(report),
                 f"{report.tokens_per_s_per_rank:,.0f}",
                 f"{report.gate_mass:.1%}",
                 f"{memory.total_bytes / GB:.1f} GB",
+                f"{report.extrapolated_share:.0%}" if interval_in_words(report) else "",
                 "fits" if memory.fits else "does not fit",
             ]
         rows.append(row)
-    costs = next((point.report.costs for point in points if point.report is not None), "nothing could be simulated")
-    print_table(costs, ["point", "step", "tokens/s per rank", "gate mass", "memory of a rank", ""], rows)
+    costs = "; ".join(dict.fromkeys(point.report.costs for point in points if point.report is not None))
+    head = [
+        "point",
+        "step",
+        "90% interval",
+        "tokens/s per rank",
+        "gate mass",
+        "memory of a rank",
+        "beyond measured",
+        "",
+    ]
+    print_table(costs or "nothing could be simulated", head, rows)
+    for stage in sorted({stage for p in points if p.report is not None for stage in p.report.extrapolated}):
+        say(f"priced beyond what was measured at some points: {stage}")

@@ -226,7 +226,7 @@ def test_what_was_not_measured_is_not_priced(operation: Operation) -> None:
     name = type(operation).__name__
     with pytest.raises(InputError) as refused:
         Calibrated(profile_of([])).seconds(operation)
-    assert str(refused.value) == f"profile of test box has no {name}; run moeroute calibrate"
+    assert str(refused.value) == f"profile of test box has no {name}; it has nothing; run moeroute calibrate"
 
 
 def test_one_rank_alone_can_be_calibrated() -> None:

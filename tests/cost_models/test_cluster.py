@@ -21,6 +21,9 @@ SMALL = Device(
     scale_up=100.0,
     scale_out=10.0,
     ranks_per_node=2,
+    sms=4,
+    l2_bytes=10.0,
+    host_bandwidth=5.0,
 )
 
 

@@ -16,11 +16,11 @@ PROFILE = Profile(
     device="cpu",
     device_name="test box",
     ranks=2,
-    linear={"Permute": LinearFit(shape={}, coefficients={"call": 1e-5, "sort": 1e-9, "byte": 1e-10})},
+    linear={"Permute": LinearFit(shape={}, coefficients={"call": 1e-5, "sort": 1e-9, "byte": 1e-10}, largest={})},
     curves={"MemoryCopy": Curve(bytes=[10, 20], seconds=[1e-6, 2e-6])},
     errors={
-        "Permute": FitError(mape=0.1, median_ape=0.05, cases=3),
-        "MemoryCopy": FitError(mape=0.4, median_ape=0.3, cases=1),
+        "Permute": FitError(mape=0.1, median_ape=0.05, cases=3, low=0.9, high=1.1),
+        "MemoryCopy": FitError(mape=0.4, median_ape=0.3, cases=1, low=0.9, high=1.1),
     },
     probe_s=(1e-3, 1.25e-3),
     load_average=0.5,
@@ -80,12 +80,12 @@ def test_a_binary_file_is_not_json(tmp_path: Path) -> None:
 def test_another_document_has_no_version(tmp_path: Path, document: str) -> None:
     path = tmp_path / "profile.json"
     path.write_text(document)
-    assert refusal(path) == "profile format None, this moeroute reads 1; calibrate again"
+    assert refusal(path) == "profile format None, this moeroute reads 2; calibrate again"
 
 
 def test_another_version_is_refused(tmp_path: Path) -> None:
-    message = refusal(changed(tmp_path, format_version=2))
-    assert message == "profile format 2, this moeroute reads 1; calibrate again"
+    message = refusal(changed(tmp_path, format_version=1))
+    assert message == "profile format 1, this moeroute reads 2; calibrate again"
 
 
 def test_an_unknown_key_is_named(tmp_path: Path) -> None:

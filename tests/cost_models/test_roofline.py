@@ -22,6 +22,9 @@ SMALL = Device(
     scale_up=10.0,
     scale_out=10.0,
     ranks_per_node=8,
+    sms=4,
+    l2_bytes=10.0,
+    host_bandwidth=5.0,
 )
 SMALL_COSTS = Roofline(gpu_cluster(SMALL, 2))
 

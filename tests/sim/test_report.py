@@ -8,7 +8,19 @@ import pytest
 
 from cost_models.cluster import cpu_box, gpu_cluster
 from cost_models.devices import DEVICES
-from cost_models.ops import AllToAll, Combine, Experts, Gate, Operation, Permute, Regroup, Route
+from cost_models.ops import (
+    AllToAll,
+    Combine,
+    DenseMlp,
+    Experts,
+    Gate,
+    Operation,
+    Permute,
+    Prediction,
+    Regroup,
+    Route,
+    TokenExchange,
+)
 from router.capacity import Capacity
 from router.placement.base import Placement
 from router.policies import RoutingPolicy
@@ -37,11 +49,18 @@ class FixedCosts:
     name = "by hand"
     _SECONDS = {Gate: 1, Route: 2, Permute: 3, AllToAll: 4, Regroup: 5, Combine: 6}  # noqa: RUF012  # never changed
 
+    included: frozenset[type] = frozenset()
+
+    def predict(self, operation: Operation) -> Prediction:
+        return Prediction.unmeasured(self.seconds(operation))
+
     def seconds(self, operation: Operation) -> Any:
         match operation:
             case Experts(rows_XS=rows_XS):
                 return np.asarray(rows_XS).sum(axis=-1).astype(float)
-            case AllToAll(bytes_XGG=bytes_XGG):
+            case DenseMlp(rows_X=rows_X):
+                return np.asarray(rows_X).astype(float)
+            case AllToAll(bytes_XGG=bytes_XGG) | TokenExchange(bytes_XGG=bytes_XGG):
                 return np.full(np.shape(bytes_XGG)[:-2], 4.0)
             case Gate(tokens_X=size_X) | Route(tokens_X=size_X) | Permute(rows_X=size_X) | Regroup(rows_X=size_X):
                 return np.full(np.shape(size_X), float(self._SECONDS[type(operation)]))

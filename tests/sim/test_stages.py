@@ -6,7 +6,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cost_models.ops import AllToAll, Combine, Experts, Gate, Operation, Permute, Regroup, Route
+from cost_models.ops import (
+    AllToAll,
+    Combine,
+    CountExchange,
+    DenseMlp,
+    Experts,
+    Gate,
+    Operation,
+    Permute,
+    Prediction,
+    Regroup,
+    Route,
+    TokenExchange,
+)
 from router.assignment import Assignment
 from router.placement.base import Placement
 from router.policies import RoutingPolicy
@@ -15,6 +28,7 @@ from sim.lower import lower
 from sim.stages import Stage, stages_of
 from traces.model import ModelSpec
 
+COLLECTIVES = (AllToAll, TokenExchange)
 TINY = ModelSpec(name="tiny", layers=1, experts=4, top_k=2, hidden=8, expert_hidden=16)
 
 
@@ -26,9 +40,14 @@ class Recorder:
     def __init__(self) -> None:
         self.asked: list[Operation] = []
 
-    def seconds(self, operation: Operation) -> Any:
+    included: frozenset[type] = frozenset()
+
+    def predict(self, operation: Operation) -> Prediction:
         self.asked.append(operation)
-        return np.ones(1) if isinstance(operation, AllToAll) else np.ones((1, 2))
+        return Prediction.unmeasured(np.ones(1) if isinstance(operation, COLLECTIVES) else np.ones((1, 2)))
+
+    def seconds(self, operation: Operation) -> Any:
+        return self.predict(operation).seconds_X
 
 
 def asked_of(model: ModelSpec) -> tuple[list[Stage], dict[str, Operation]]:
@@ -58,16 +77,16 @@ def test_stages_in_order_and_on_their_streams() -> None:
         ("gate", Gate),
         ("route", Route),
         ("permute", Permute),
-        ("counts", AllToAll),
-        ("dispatch", AllToAll),
+        ("counts", CountExchange),
+        ("dispatch", TokenExchange),
         ("regroup", Regroup),
         ("experts", Experts),
         ("ungroup", Regroup),
-        ("return", AllToAll),
+        ("return", TokenExchange),
         ("combine", Combine),
     ]
     for stage in stages:
-        assert stage.stream == ("communication" if isinstance(asked[stage.name], AllToAll) else "compute")
+        assert stage.stream == ("communication" if isinstance(asked[stage.name], COLLECTIVES) else "compute")
         assert stage.seconds_LG.shape == (1, 2)
         assert not stage.under_next
 
@@ -107,8 +126,11 @@ def test_what_the_links_carry() -> None:
     _, asked = asked_of(TINY)
     counts, dispatch, back = (asked[name] for name in ("counts", "dispatch", "return"))
     assert isinstance(counts, AllToAll)
-    assert isinstance(dispatch, AllToAll)
-    assert isinstance(back, AllToAll)
+    assert isinstance(dispatch, TokenExchange)
+    assert isinstance(back, TokenExchange)
+    assert dispatch.bytes_XGG is not None
+    assert back.bytes_XGG is not None
+    assert (dispatch.direction, back.direction) == ("dispatch", "combine")
     assert counts.bytes_XGG.tolist() == [[[16, 16], [16, 16]]]  # two slots a rank, 8 bytes each
     assert dispatch.bytes_XGG.tolist() == [[[16, 32], [16, 0]]]
     assert back.bytes_XGG.tolist() == [[[16, 16], [32, 0]]]
@@ -120,9 +142,9 @@ def test_shared_experts_run_on_the_ranks_own_tokens_under_the_dispatch() -> None
     assert names.index("shared") + 1 == names.index("dispatch")
     assert [stage.name for stage in stages if stage.under_next] == ["shared"]
     shared = asked["shared"]
-    assert isinstance(shared, Experts)
-    assert shared.rows_XS.tolist() == [[[2, 2], [1, 1]]]  # every token, in both
-    assert shared.expert_hidden == 24
+    assert isinstance(shared, DenseMlp)
+    assert shared.rows_X.tolist() == [[2, 1]]  # every token
+    assert shared.mlp_hidden == 2 * 24  # both side by side
 
 
 @pytest.mark.parametrize("name", ["counts", "dispatch", "return"])

@@ -60,6 +60,8 @@ def fake_report(config: Config) -> Report:
         tokens_per_s_per_rank=1.0,
         stage_s={},
         waiting_s=0.0,
+        interval_s=None,
+        extrapolated={},
         token_imbalance=1.0,
         active_imbalance=1.0,
         experts_per_token=1.0,

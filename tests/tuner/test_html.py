@@ -46,6 +46,8 @@ def report(config, step_s, gate_mass):
         tokens_per_s_per_rank=1.0,
         stage_s={"gate": 0.25 * step_s, "experts": 0.5 * step_s},
         waiting_s=0.25 * step_s,
+        interval_s=None,
+        extrapolated={},
         token_imbalance=1.0,
         active_imbalance=1.0,
         experts_per_token=config.parameters["k"],
@@ -143,7 +145,7 @@ def page():
             ranks=2,
             linear={},
             curves={},
-            errors={"Experts": FitError(mape=0.0456, median_ape=0.0321, cases=9)},
+            errors={"Experts": FitError(mape=0.0456, median_ape=0.0321, cases=9, low=0.9, high=1.1)},
             probe_s=(0.002, 0.0022),
             load_average=0.5,
         ),
@@ -255,7 +257,10 @@ def test_text_is_escaped_wherever_it_comes_from(page, tmp_path):
         validation=replace(page.validation, verdict=HOSTILE, device=HOSTILE, runs=runs),
         rank_rows_LG={"baseline": np.array([[3, 5]]), HOSTILE: np.array([[2, 2]])},
         profile=page.profile.model_copy(
-            update={"device_name": HOSTILE, "errors": {HOSTILE: FitError(mape=0.1, median_ape=0.1, cases=1)}}
+            update={
+                "device_name": HOSTILE,
+                "errors": {HOSTILE: FitError(mape=0.1, median_ape=0.1, cases=1, low=0.9, high=1.1)},
+            }
         ),
         baseline=replace(page.baseline, costs=HOSTILE, fidelity=HOSTILE),
     )

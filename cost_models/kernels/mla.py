@@ -1,0 +1,319 @@
+"""Multi-head latent attention of DeepSeek-V3's widths: the kernel, the block around it, its absorbed products.
+
+Prefill brings the latent cache up to keys and values of every head; decode absorbs those products into the queries
+and results, so that all heads read one latent key (DeepSeek-V2, arXiv:2405.04434). X any leading shape.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cost_models.boosting import Boosting
+from cost_models.description import Description
+from cost_models.devices import Device, dtype_bytes
+from cost_models.kernels.attention import causal_pairs, dtype_bytes_of, key_splits
+from cost_models.kernels.base import Columns, TableKind, Timing, hashed_folds
+from cost_models.kernels.gemm import products_of
+from cost_models.kernels.mla_projections import LATENT, NOPE, VALUE, MlaProjectionKernel
+from cost_models.ops import Mla, Operation
+from cost_models.units import MS
+
+# Widths of DeepSeek-V3 (arXiv:2412.19437, section 4.2).
+HIDDEN = 7168
+QUERY_LATENT = 1536
+ROPE = 64
+
+_TILE = 128  # queries of a thread block at prefill and keys that it takes at once, as in attention.py
+_DECODE_HEADS = 64  # heads of a thread block at decode: FlashMLA's tile
+_CHAIN_S = 1e-9  # seconds that a thread block takes for each key, or inner element, roughly; prices are fitted
+_BLOCK_S = 1e-6  # seconds in which a thread block starts and ends, roughly; the price is fitted
+_BF16 = 2.0
+_SUSPICIOUS = 2.0  # times what more heads take
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Work:
+    """Latent attention as arrays of one shape; fields as in `Mla`, `kv_bytes` an element of the cache."""
+
+    batch: NDArray[np.float64]
+    new: NDArray[np.float64]
+    cached: NDArray[np.float64]
+    heads: NDArray[np.float64]
+    kv_bytes: NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MlaKernel:
+    """The attention alone, or with its projections: queries down and up, latent down and up, results out."""
+
+    phase: Literal["prefill", "decode"]
+    part: Literal["kernel", "block"]
+    boosting: Boosting = field(default_factory=lambda: Boosting(trees=250, depth=4, learning_rate=0.15))
+
+    def describe_table(self, columns: Columns, *, op: str, dtype: str, device: Device) -> Description:
+        """The rows of a table; at generation, `isl + step` tokens are cached."""
+        prefill = self.phase == "prefill"
+        return self._describe(
+            columns["batch_size"],
+            columns["isl"] if prefill else 1,
+            columns["step"] if prefill else columns["isl"] + columns["step"],
+            columns["num_heads"],
+            dtype_bytes_of(columns["kv_cache_dtype"]),
+            gemm_dtype=dtype,
+            source=columns["kernel_source"],
+            device=device,
+        )
+
+    def serves(self, operation: Operation, *, op: str) -> bool:
+        """Latent attention in this phase, alone or as a block."""
+        return isinstance(operation, Mla) and operation.phase == self.phase and operation.part == self.part
+
+    def describe(self, operation: Mla, device: Device) -> Description:
+        """What physics and the learner see."""
+        return self._describe(
+            operation.batch_X,
+            operation.new_tokens_X,
+            operation.cached_tokens_X,
+            operation.heads_X,
+            dtype_bytes(operation.kv_dtype),
+            gemm_dtype=operation.gemm_dtype,
+            source="",
+            device=device,
+        )
+
+    def _describe(self, *sizes: Any, gemm_dtype: str, source: NDArray[np.str_] | str, device: Device) -> Description:
+        arrays = np.broadcast_arrays(*(np.asarray(size, dtype=np.float64) for size in sizes))
+        arrays = (
+            np.maximum(arrays[0], 1),
+            np.maximum(arrays[1], 1),
+            *arrays[2:],
+        )  # no token costs what one does: launches
+        work = _Work(**dict(zip(("batch", "new", "cached", "heads", "kv_bytes"), arrays, strict=True)))
+        kernel = _prefill(work, device) if self.phase == "prefill" else _decode(work, device)
+        block = _around(work, kernel, self.phase, gemm_dtype, device) if self.part == "block" else kernel
+        return Description(
+            bound_s=block.bound_s,
+            stages={"launch": {"call": np.ones(work.batch.shape)}, **block.stages},
+            features=block.features,
+            source=source,
+        )
+
+    def holdouts(self, columns: Columns, *, op: str) -> Mapping[str, NDArray[np.int64]]:
+        """Whole pairs of batch and length: with every head count, dtype and kernel."""
+        length = columns["isl"] + columns["step"]
+        return {"batch_length": hashed_folds({"batch": columns["batch_size"], "length": length}, ["batch", "length"])}
+
+    def suspects(self, columns: Columns, seconds_N: NDArray[np.float64], *, op: str) -> NDArray[np.bool_]:
+        """Rows that took over twice what the same with more heads took: compared inside a held-out pair only."""
+        same = [name for name in _KEYS if name not in ("num_heads", "tp_size") and name in columns]
+        group_N = np.zeros(len(seconds_N), dtype=np.int64)
+        for name in same:
+            code_N = np.unique(columns[name], return_inverse=True)[1]
+            group_N = np.unique(group_N * (code_N.max(initial=0) + 1) + code_N, return_inverse=True)[1]
+        suspect_N = np.zeros(len(seconds_N), dtype=bool)
+        order_N = np.lexsort((-columns["num_heads"], group_N))  # most heads first
+        least, of_group = np.inf, -1
+        for row in order_N.tolist():
+            if group_N[row] != of_group:
+                least, of_group = np.inf, int(group_N[row])
+            suspect_N[row] = seconds_N[row] > _SUSPICIOUS * least
+            least = min(least, seconds_N[row])
+        return suspect_N
+
+    def tokens(self, columns: Columns) -> NDArray[np.int64] | None:
+        """New tokens of the step."""
+        if self.phase == "decode":
+            return columns["batch_size"]
+        return np.asarray(columns["batch_size"] * columns["isl"], dtype=np.int64)
+
+
+def _compute(seconds: NDArray[np.float64], work: _Work) -> dict[str, NDArray[np.float64]]:
+    """Arithmetic: kernels for an 8-bit cache may multiply in 8 bits, so that their price is their own."""
+    return {"compute": seconds * (work.kv_bytes >= _BF16), "8-bit compute": seconds * (work.kv_bytes < _BF16)}
+
+
+def _prefill(work: _Work, device: Device) -> Description:
+    """Keys and values of every head, as after the up-projection."""
+    keys = work.new + work.cached
+    rows = work.batch * work.heads
+    peak = device.peak(_BF16)
+    query_bytes = rows * work.new * (NOPE + ROPE + VALUE) * _BF16
+    cache_bytes = rows * keys * (NOPE + ROPE + VALUE) * _BF16
+    memory_s = (query_bytes + cache_bytes) / device.memory_bandwidth
+    pair_s = 2 * (NOPE + ROPE + VALUE) * rows / peak
+    ideal_s = pair_s * causal_pairs(work.new, work.cached)
+    tiles = np.ceil(work.new / _TILE)
+    tiled_s = pair_s * _TILE**2 * causal_pairs(tiles, np.ceil(work.cached / _TILE))
+    waves = rows * tiles / device.sms
+    eight_bit = work.kv_bytes < _BF16
+    return Description(
+        bound_s=np.maximum(ideal_s, memory_s),
+        stages={
+            "prepare": {"memory": memory_s},  # rotate, append to the cache, bring into place
+            "convert": {"call": np.where(eight_bit, _BLOCK_S, 0.0), "memory": eight_bit * memory_s},
+            "attention": {
+                **_compute(tiled_s, work),
+                "chain": keys * _CHAIN_S * np.maximum(waves, 1),
+            },
+        },
+        features={
+            "log new": np.log2(work.new),
+            "log keys": np.log2(keys),
+            "log context": np.log2(keys / work.new),  # tables cache nothing: what does lies beyond them
+            "log rows": np.log2(rows),
+            "log requests": np.log2(work.batch),
+            "log heads": np.log2(work.heads),
+            "log tokens": np.log2(work.batch * work.new),
+            "log compute": np.log2(tiled_s),
+            "log intensity": np.log2(ideal_s / memory_s),
+            "log waves": np.log2(waves),
+            "wave loss": np.where(waves > 1, np.ceil(waves) / waves, 0),
+            "log tile loss": np.log2(tiled_s / ideal_s),
+            "log queries": np.log2(query_bytes / device.l2_bytes),
+            "log element": np.log2(work.kv_bytes),
+        },
+    )
+
+
+def _decode(work: _Work, device: Device) -> Description:
+    """All heads share one latent key, whose first part is the value."""
+    keys = work.new + work.cached
+    rows = work.batch * work.new * work.heads
+    peak = device.peak(_BF16)
+    cache_bytes = work.batch * keys * (LATENT + ROPE) * work.kv_bytes
+    query_bytes = rows * (2 * LATENT + ROPE) * _BF16
+    memory_s = (cache_bytes + query_bytes) / device.memory_bandwidth
+    row_s = 2 * (2 * LATENT + ROPE) * work.batch * keys / peak
+    ideal_s = row_s * work.heads * work.new
+    groups = np.ceil(work.heads * work.new / _DECODE_HEADS)
+    blocks = work.batch * groups
+    splits = key_splits(blocks, keys, device)
+    waves = blocks / device.sms
+    return Description(
+        bound_s=np.maximum(ideal_s, memory_s),
+        stages={
+            "attention": {
+                **_compute(row_s * groups * _DECODE_HEADS, work),
+                "memory": memory_s,
+                "chain": keys / splits * _CHAIN_S * np.maximum(waves, 1),
+                "unsplit chain": keys * _CHAIN_S * np.maximum(waves, 1),  # kernels for A100 leave multiprocessors idle
+                "blocks": waves * _BLOCK_S,
+            },
+            "sum": {
+                "call": np.where(splits > 1, _BLOCK_S, 0.0),
+                "parts": (splits > 1) * query_bytes * splits / device.memory_bandwidth,
+            },
+        },
+        features={
+            "log keys": np.log2(keys),
+            "log requests": np.log2(work.batch),
+            "log heads": np.log2(work.heads),
+            "log rows": np.log2(rows),
+            "log blocks": np.log2(blocks),
+            "log intensity": np.log2(ideal_s / memory_s),
+            "log waves": np.log2(waves),
+            "wave loss": np.where(waves > 1, np.ceil(waves) / waves, 0),
+            "log splits": np.log2(splits),
+            "log block keys": np.log2(keys / splits),
+            "log cache": np.log2(cache_bytes / device.l2_bytes),
+            "log element": np.log2(work.kv_bytes),
+        },
+    )
+
+
+def _around(
+    work: _Work, kernel: Description, phase: Literal["prefill", "decode"], gemm_dtype: str, device: Device
+) -> Description:
+    """The block: projections before and after the kernel. The up-projection of keys covers what is cached, too."""
+    tokens = work.batch * work.new
+    weight_bytes = dtype_bytes(gemm_dtype)
+    shape_X = work.batch.shape
+    dense = [
+        (1, tokens, QUERY_LATENT + LATENT + ROPE, HIDDEN),
+        (1, tokens, work.heads * (NOPE + ROPE), QUERY_LATENT),
+        (1, tokens, HIDDEN, work.heads * VALUE),
+    ]
+    if phase == "prefill":
+        dense.append((1, work.batch * (work.new + work.cached), work.heads * (NOPE + VALUE), LATENT))
+        absorbed = None
+    else:
+        absorbed = products_of(
+            [(work.heads, tokens, LATENT, NOPE), (work.heads, tokens, VALUE, LATENT)], _BF16, device, shape_X
+        )
+    products = products_of(dense, weight_bytes, device, shape_X)
+    # Norms and rotation read and write their inputs, as does what brings the inputs of products to a smaller dtype.
+    passes_s = tokens * (HIDDEN + 2 * QUERY_LATENT + 2 * LATENT) * _BF16 / device.memory_bandwidth
+    stages: dict[str, Mapping[str, NDArray[np.float64]]] = {
+        **kernel.stages,
+        "products": {"slowest": products.slowest_s, "chain": products.chain_s},
+        "passes": {"memory": passes_s},
+    }
+    bound_s = kernel.bound_s + np.maximum(products.ideal_s, products.memory_s)
+    features = {
+        **kernel.features,
+        "log tokens": np.log2(tokens),
+        "log products": np.log2(products.slowest_s),
+        "log product intensity": np.log2(products.compute_s / products.memory_s),
+        "log share": np.log2(kernel.bound_s / products.slowest_s),
+    }
+    if absorbed is not None:
+        stages["absorbed"] = {"slowest": absorbed.slowest_s, "chain": absorbed.chain_s}
+        bound_s = bound_s + np.maximum(absorbed.ideal_s, absorbed.memory_s)
+    return Description(bound_s=bound_s, stages=stages, features=features)
+
+
+_KEYS = (
+    "kernel_source",
+    "mla_dtype",
+    "gemm_type",
+    "kv_cache_dtype",
+    "num_heads",
+    "tp_size",
+    "batch_size",
+    "isl",
+    "step",
+)
+
+
+def _table(
+    name: str,
+    phase: Literal["prefill", "decode"],
+    part: Literal["kernel", "block"],
+    package_file: str,
+    *,
+    framework: str = "trtllm",
+    size: str = "isl",
+) -> TableKind:
+    return TableKind(
+        name=name,
+        framework=framework,
+        kernel=MlaKernel(phase=phase, part=part),
+        keys=tuple(key for key in _KEYS if key != "gemm_type" or part == "block"),
+        timings={"mla": Timing(column="latency", unit_s=MS)},
+        dtype_column="gemm_type" if part == "block" else "mla_dtype",
+        package_file=package_file,
+        size=size,
+    )
+
+
+TABLES = (
+    _table("mla_context_trtllm", "prefill", "kernel", "context_mla_perf.parquet"),
+    _table("mla_generation_trtllm", "decode", "kernel", "generation_mla_perf.parquet", size="step"),
+    _table("mla_context_module_trtllm", "prefill", "block", "mla_context_module_perf.parquet"),
+    _table("mla_generation_module_trtllm", "decode", "block", "mla_generation_module_perf.parquet", size="step"),
+    _table("mla_wideep_context_sglang", "prefill", "block", "wideep_context_mla_perf.parquet", framework="sglang"),
+    _table("mla_wideep_generation_sglang", "decode", "block", "wideep_generation_mla_perf.parquet", framework="sglang"),
+    TableKind(
+        name="mla_bmm_trtllm",
+        framework="trtllm",
+        kernel=MlaProjectionKernel(),
+        keys=("kernel_source", "bmm_dtype", "op_name", "num_tokens", "num_heads"),
+        timings={"mla": Timing(column="latency", unit_s=MS)},
+        dtype_column="bmm_dtype",
+        package_file="mla_bmm_perf.parquet",
+        size="num_tokens",
+    ),
+)

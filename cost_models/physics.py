@@ -1,0 +1,134 @@
+"""Physics with fitted prices: seconds as stages that follow one another, each the rounded maximum of its terms."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import least_squares
+
+from cost_models.description import Description
+
+_ROWS = 4000  # more rows do not move a dozen prices
+_OVERLAP = 4.0  # start of the exponent that rounds the corner where a stage's terms meet
+_REACH = 1.3  # where prices of terms in seconds start: what kernels commonly take over the datasheet
+_PULL = 0.05  # an e-fold away from its start weighs as one row that is off by so much
+_LEAST = 1e-300
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Physics:
+    """Seconds = the sum over stages of the rounded maximum of price × term.
+
+    `prices`: by stage and term, > 0. `overlap`: the exponent p of each stage's rounded maximum, (Σ xᵖ)^(1/p):
+    1 adds the terms up, a large one takes the larger.
+    """
+
+    prices: Mapping[str, Mapping[str, float]]
+    overlap: Mapping[str, float]
+
+    def seconds(self, description: Description) -> Floats:
+        """Seconds of each operation."""
+        total: Floats = np.zeros(())
+        for stage, terms in description.stages.items():
+            priced = [self.prices[stage][name] * np.asarray(term) for name, term in terms.items()]
+            total = total + _rounded_max(priced, self.overlap[stage])
+        return total
+
+
+def _rounded_max(terms: list[Floats], exponent: float) -> Floats:
+    if len(terms) == 1:
+        return terms[0]
+    largest = terms[0]
+    for term in terms[1:]:
+        largest = np.maximum(largest, term)
+    scale = np.maximum(largest, _LEAST)
+    ratios = sum((term / scale) ** exponent for term in terms)
+    return np.asarray(largest * ratios ** (1 / exponent))
+
+
+def fit_physics(description: Description, seconds_N: Floats) -> Physics:
+    """Prices and overlaps that make the logarithmic errors small; large errors count less than squared.
+
+    What the rows cannot tell keeps the price it started with: 1.3 times the datasheet for a term in seconds.
+    """
+    rows = len(seconds_N)
+    some = np.random.default_rng(0).permutation(rows)[:_ROWS]
+    stages = {
+        stage: {name: np.broadcast_to(np.asarray(term, dtype=np.float64), rows)[some] for name, term in terms.items()}
+        for stage, terms in description.stages.items()
+    }
+    law = _Law(stages)
+    log_s = np.log(seconds_N[some])
+    start = law.start(float(np.quantile(seconds_N, 0.02)))
+
+    def errors(parameters_P: Floats) -> Floats:
+        return np.concatenate([np.log(law.seconds(parameters_P)[0]) - log_s, _PULL * (parameters_P - start)])
+
+    def slopes(parameters_P: Floats) -> Floats:
+        total_N, slope_PN = law.seconds(parameters_P)
+        return np.concatenate([(slope_PN / total_N).T, _PULL * np.eye(len(parameters_P))])
+
+    return law.physics(least_squares(errors, start, jac=slopes, loss="soft_l1", f_scale=0.1, max_nfev=100).x)
+
+
+class _Law:
+    """Stages as a function of P parameters: the logarithm of each price, then of each overlap less one.
+
+    Stages of one term have no overlap.
+    """
+
+    def __init__(self, stages: Mapping[str, Mapping[str, Floats]]) -> None:
+        self._stages = stages
+        self._prices = [(stage, term) for stage, terms in stages.items() for term in terms]
+        self._rounded = [stage for stage, terms in stages.items() if len(terms) > 1]
+
+    def start(self, shortest_s: float) -> Floats:
+        """Terms in seconds near what the datasheet allows; a count where half the shortest times would be its."""
+        prices = []
+        for stage, term in self._prices:
+            values_N = self._stages[stage][term]
+            counts = values_N.max(initial=0) >= 1
+            prices.append(0.5 * shortest_s / float(np.median(values_N)) if counts and np.median(values_N) else _REACH)
+        return np.concatenate([np.log(prices), np.full(len(self._rounded), np.log(_OVERLAP - 1))])
+
+    def physics(self, parameters_P: Floats) -> Physics:
+        """The parameters by name."""
+        prices = dict(zip(self._prices, np.exp(np.clip(parameters_P[: len(self._prices)], -60, 60)), strict=True))
+        overlaps = dict(zip(self._rounded, 1 + self._growth(parameters_P), strict=True))
+        return Physics(
+            prices={
+                stage: {term: float(prices[stage, term]) for term in terms} for stage, terms in self._stages.items()
+            },
+            overlap={stage: float(overlaps.get(stage, 1.0)) for stage in self._stages},
+        )
+
+    def seconds(self, parameters_P: Floats) -> tuple[Floats, Floats]:
+        """Seconds of each row [N], and their derivatives [P, N]."""
+        price_P = np.exp(np.clip(parameters_P[: len(self._prices)], -60, 60))
+        growth = dict(zip(self._rounded, self._growth(parameters_P), strict=True))
+        slopes: list[Floats] = []
+        overlap_slopes: list[Floats] = []
+        total_N: Floats = np.zeros(())
+        for stage, terms in self._stages.items():
+            priced_TN = price_P[len(slopes) : len(slopes) + len(terms), None] * np.stack(list(terms.values()))
+            if stage not in growth:
+                total_N = total_N + priced_TN[0]
+                slopes.append(priced_TN[0])
+                continue
+            power = 1 + growth[stage]
+            largest_N = np.maximum(priced_TN.max(axis=0), _LEAST)
+            ratio_TN = np.maximum(priced_TN / largest_N, _LEAST)
+            raised_TN = ratio_TN**power
+            sum_N = np.maximum(raised_TN.sum(axis=0), _LEAST)  # 0 where a stage does nothing
+            stage_N = largest_N * sum_N ** (1 / power)
+            logs_N = (raised_TN * np.log(ratio_TN)).sum(axis=0)
+            total_N = total_N + stage_N
+            slopes.extend(stage_N * raised_TN / sum_N)
+            overlap_slopes.append(stage_N * growth[stage] * (logs_N / (power * sum_N) - np.log(sum_N) / power**2))
+        return np.maximum(total_N, _LEAST), np.stack([*slopes, *overlap_slopes])
+
+    def _growth(self, parameters_P: Floats) -> Floats:
+        return np.asarray(np.exp(np.clip(parameters_P[len(self._prices) :], -8, 3)))
