@@ -23,6 +23,7 @@ _BORDERS = 64  # distinct thresholds a feature; table axes have at most a few do
 # Squared up to 10% off, absolute beyond: a few wrong rows must not bend the rest. Not plain absolute error: under
 # monotone constraints CatBoost then fits worse than no trees at all (measured with 1.2).
 _LOSS = "Huber:delta=0.1"
+_LARGEST_LEAF = 127  # of a byte: what rounding loses is far below what a timing repeats to
 _BLOCK = 1024  # rows whose bins fit the first cache
 
 
@@ -38,17 +39,17 @@ class Boosting:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trees:
-    """R trees of depth P over features f: leaf values add up, in units of `leaf_unit`.
+    """R trees of depth P over F features: leaf values add up, each tree's in a unit of its own.
 
     `borders_F`: thresholds of each feature, ascending; `feature_RP` and `border_RP` (index into its thresholds) are
-    the questions, most significant last; `leaves_RV`, V = 2**P.
+    the questions, most significant last; `leaves_RV`, V = 2**P, in units of `unit_R`.
     """
 
     borders_F: tuple[NDArray[np.float32], ...]
     feature_RP: NDArray[np.uint8]
     border_RP: NDArray[np.uint8]
-    leaves_RV: NDArray[np.int16]
-    leaf_unit: float
+    leaves_RV: NDArray[np.int8]
+    unit_R: NDArray[np.float16]
     bias: float
 
     def predict(self, features_FN: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -57,42 +58,45 @@ class Trees:
         borders_FB = np.zeros((len(size_F), max(size_F, default=0)), dtype=np.float32)
         for feature, borders in enumerate(self.borders_F):
             borders_FB[feature, : len(borders)] = borders
-        sums_N = np.zeros(features_FN.shape[1], dtype=np.int32)
-        _add_leaves(features_FN, borders_FB, size_F, self.feature_RP, self.border_RP, self.leaves_RV, sums_N)
-        return np.asarray(self.bias + self.leaf_unit * sums_N, dtype=np.float64)
+        sums_N = np.full(features_FN.shape[1], self.bias, dtype=np.float32)
+        leaves_RV = self.leaves_RV.astype(np.float32) * self.unit_R[:, None].astype(np.float32)
+        _add_leaves(features_FN, borders_FB, size_F, self.feature_RP, self.border_RP, leaves_RV, sums_N)
+        return sums_N.astype(np.float64)
 
     def packed(self) -> str:
         """Everything as text for a JSON file; `unpacked` reads it back."""
         sizes = np.array([len(borders) for borders in self.borders_F], dtype=np.uint16)
         shape = np.array([*self.feature_RP.shape, len(sizes)], dtype=np.uint16)
-        scale = np.array([self.leaf_unit, self.bias], dtype=np.float64)
-        parts: list[NDArray[Any]] = [shape, scale, sizes, *self.borders_F]
+        bias = np.array([self.bias], dtype=np.float64)
+        parts: list[NDArray[Any]] = [shape, bias, sizes, *self.borders_F, self.unit_R]
         parts += [self.feature_RP, self.border_RP, self.leaves_RV]
-        return base64.b64encode(zlib.compress(b"".join(part.tobytes() for part in parts), 9)).decode("ascii")
+        return base64.b85encode(zlib.compress(b"".join(part.tobytes() for part in parts), 9)).decode("ascii")
 
     @classmethod
     def unpacked(cls, text: str) -> "Trees":
         """Read what `packed` wrote; `InputError` if it is not that."""
         try:
-            data = zlib.decompress(base64.b64decode(text, validate=True))
+            data = zlib.decompress(base64.b85decode(text))
             trees, depth, width = np.frombuffer(data, np.uint16, 3)
-            scale = np.frombuffer(data, np.float64, 2, 6)
-            sizes = np.frombuffer(data, np.uint16, width, 22)
-            start = 22 + 2 * int(width)
+            bias = np.frombuffer(data, np.float64, 1, 6)
+            sizes = np.frombuffer(data, np.uint16, width, 14)
+            start = 14 + 2 * int(width)
             borders_F = []
             for size in sizes:
                 borders_F.append(np.frombuffer(data, np.float32, size, start))
                 start += 4 * int(size)
+            unit_R = np.frombuffer(data, np.float16, int(trees), start)
+            start += 2 * int(trees)
             count = int(trees) * int(depth)
             return cls(
                 borders_F=tuple(borders_F),
                 feature_RP=np.frombuffer(data, np.uint8, count, start).reshape(trees, depth),
                 border_RP=np.frombuffer(data, np.uint8, count, start + count).reshape(trees, depth),
-                leaves_RV=np.frombuffer(data, np.int16, int(trees) << int(depth), start + 2 * count).reshape(
+                leaves_RV=np.frombuffer(data, np.int8, int(trees) << int(depth), start + 2 * count).reshape(
                     trees, 1 << int(depth)
                 ),
-                leaf_unit=float(scale[0]),
-                bias=float(scale[1]),
+                unit_R=unit_R,
+                bias=float(bias[0]),
             )
         except (ValueError, zlib.error) as error:
             raise InputError(f"damaged trees in a profile ({error}); fit it again") from error
@@ -147,13 +151,14 @@ def grow(
             border_RP[row, level] = np.searchsorted(borders_F[feature], np.float32(split["border"]))
         leaves_RV[row, : len(tree["leaf_values"])] = tree["leaf_values"]
     scale, bias = document["scale_and_bias"]
-    leaf_unit = max(float(np.abs(leaves_RV).max(initial=0)), 1e-9) / 32767 * scale
+    leaves_RV *= scale
+    unit_R = (np.maximum(np.abs(leaves_RV).max(axis=1, initial=0), 1e-4) / _LARGEST_LEAF).astype(np.float16)
     return Trees(
         borders_F=borders_F,
         feature_RP=feature_RP,
         border_RP=border_RP,
-        leaves_RV=np.rint(leaves_RV * scale / leaf_unit).astype(np.int16),
-        leaf_unit=leaf_unit,
+        leaves_RV=np.rint(leaves_RV / unit_R[:, None]).clip(-_LARGEST_LEAF, _LARGEST_LEAF).astype(np.int8),
+        unit_R=unit_R,
         bias=float(bias[0]) + scale * constant,
     )
 
@@ -165,8 +170,8 @@ def _add_leaves(
     size_F: NDArray[np.int64],
     feature_RP: NDArray[np.uint8],
     border_RP: NDArray[np.uint8],
-    leaves_RV: NDArray[np.int16],
-    sums_N: NDArray[np.int32],
+    leaves_RV: NDArray[np.float32],
+    sums_N: NDArray[np.float32],
 ) -> None:
     """Add every tree's leaf to `sums_N`, a block of rows at a time, so that loops stay in the cache and vectorise."""
     features, rows = features_FN.shape

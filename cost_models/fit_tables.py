@@ -1,7 +1,9 @@
 """From measured tables to kernel profiles: fit every part, hold rows out to say how far to trust it."""
 
-from collections.abc import Callable, Iterable, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from multiprocessing import get_context
 from typing import TypeVar
 
@@ -14,14 +16,16 @@ from cost_models.intervals import coverage, fit_spread
 from cost_models.kernel_fit import Fit, fit_kernel
 from cost_models.kernel_profile import FittedKernel, HeldOutError, KernelProfile, Sample, Series
 from cost_models.tables import Part, TableFile, read_all
+from cost_models.units import US
 from traces.errors import InputError
 from traces.progress import Progress, quiet
 
 R = TypeVar("R")
 
 _FEW_TOKENS = 8  # where simple models fail
-_SERIES = 4
-_PAIRS = 150
+_SERIES = 3
+_PAIRS = 60
+_THREADS = "OMP_NUM_THREADS"
 
 
 def evaluate_part(part: Part) -> list[tuple[HeldOutError, HeldOut, NDArray[np.int64]]]:
@@ -65,16 +69,16 @@ def fit_part(part: Part) -> FittedKernel:
         op=part.op,
         dtype=part.dtype,
         rows=int(sound_N.sum()),
-        prices={stage: dict(terms) for stage, terms in fit.physics.prices.items()},
-        overlap=dict(fit.physics.overlap),
+        prices={stage: _digits_of(terms) for stage, terms in fit.physics.prices.items()},
+        overlap=_digits_of(fit.physics.overlap),
         features=list(fit.features),
         sources=list(fit.sources),
-        low=fit.low_F.tolist(),
-        high=fit.high_F.tolist(),
+        low=[_digits(value, 6) for value in fit.low_F],
+        high=[_digits(value, 6) for value in fit.high_F],
         trees=fit.trees.packed(),
-        interval_edges_s=list(spread.edges_s),
-        interval_low=list(spread.low),
-        interval_high=list(spread.high),
+        interval_edges_s=[_digits(value, 4) for value in spread.edges_s],
+        interval_low=[_digits(value, 4) for value in spread.low],
+        interval_high=[_digits(value, 5) for value in spread.high],
         errors=[error for error, _, _ in evaluated],
         sample=_sample(part, fit, description, held_out, held_N),
     )
@@ -105,7 +109,7 @@ def in_parallel(
     total, done = sum(len(part.seconds_N) for part in parts), 0
     results: dict[int, R] = {}
     # A forked child of a process with threads may hang; a spawned one imports what it needs.
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+    with _one_thread_each(), ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         largest_first = sorted(range(len(parts)), key=lambda index: -len(parts[index].seconds_N))
         futures = {pool.submit(work, parts[index]): index for index in largest_first}
         for future in as_completed(futures):
@@ -114,6 +118,20 @@ def in_parallel(
             done += len(parts[index].seconds_N)
             progress(done / total, f"{parts[index].table} {parts[index].op} {parts[index].dtype}")
     return [(part, results[index]) for index, part in enumerate(parts)]
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Have processes started meanwhile do linear algebra in one thread: more would fight for the same cores."""
+    before = os.environ.get(_THREADS)
+    os.environ[_THREADS] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_THREADS]
+        else:
+            os.environ[_THREADS] = before
 
 
 def _error(
@@ -140,20 +158,20 @@ def _error(
         holdout=holdout,
         rows=int(held_N.sum()),
         folds=len(np.unique(fold_N[held_N])),
-        mape=whole.mape,
-        median_ape=whole.median_ape,
-        p90_ape=whole.p90_ape,
-        coverage90=coverage(held_out.predicted_N[held_N], seconds_N[held_N], fold_N[held_N]),
-        mape_le8_tokens=None if few is None else few.mape,
-        median_ape_le8_tokens=None if few is None else few.median_ape,
-        physics_mape_le8_tokens=None if few_physics is None else few_physics.mape,
+        mape=_digits(whole.mape, 4),
+        median_ape=_digits(whole.median_ape, 4),
+        p90_ape=_digits(whole.p90_ape, 4),
+        coverage90=_digits(coverage(held_out.predicted_N[held_N], seconds_N[held_N], fold_N[held_N]), 4),
+        mape_le8_tokens=None if few is None else _digits(few.mape, 4),
+        median_ape_le8_tokens=None if few is None else _digits(few.median_ape, 4),
+        physics_mape_le8_tokens=None if few_physics is None else _digits(few_physics.mape, 4),
         suspects=int((held_N & suspect_N).sum()),
-        sound_mape=sound.mape,
-        sound_median_ape=sound.median_ape,
-        physics_mape=physics.mape,
-        physics_median_ape=physics.median_ape,
-        roofline_mape=roofline.mape,
-        roofline_median_ape=roofline.median_ape,
+        sound_mape=_digits(sound.mape, 4),
+        sound_median_ape=_digits(sound.median_ape, 4),
+        physics_mape=_digits(physics.mape, 4),
+        physics_median_ape=_digits(physics.median_ape, 4),
+        roofline_mape=_digits(roofline.mape, 4),
+        roofline_median_ape=_digits(roofline.median_ape, 4),
     )
 
 
@@ -174,21 +192,30 @@ def _sample(part: Part, fit: Fit, description: Description, held_out: HeldOut, h
         series.append(
             Series(
                 label=label,
-                sizes=[float(part.columns[size][row]) for row in rows],
-                measured_s=_short(part.seconds_N[rows]),
-                fitted_s=_short(fitted_N[rows]),
-                held_out_s=[None if np.isnan(p) else _short([p])[0] for p in held_out.predicted_N[rows]],
+                sizes=part.columns[size][rows].tolist(),
+                measured_us=_in_us(part.seconds_N[rows]),
+                fitted_us=_in_us(fitted_N[rows]),
+                held_out_us=[None if np.isnan(p) else _in_us([p])[0] for p in held_out.predicted_N[rows]],
             )
         )
     pairs = generator.permutation(np.flatnonzero(held_N))[:_PAIRS]
     return Sample(
         size=size,
         series=series,
-        predicted_s=_short(held_out.predicted_N[pairs]),
-        measured_s=_short(part.seconds_N[pairs]),
+        predicted_us=_in_us(held_out.predicted_N[pairs]),
+        measured_us=_in_us(part.seconds_N[pairs]),
     )
 
 
-def _short(seconds: Iterable[float]) -> list[float]:
-    """Four digits are enough for a plot."""
-    return [float(f"{value:.4g}") for value in seconds]
+def _in_us(seconds: Iterable[float]) -> list[float]:
+    """Microseconds; three digits are enough for a plot."""
+    return [_digits(value / US, 3) for value in seconds]
+
+
+def _digits_of(values: Mapping[str, float]) -> dict[str, float]:
+    return {name: _digits(value, 6) for name, value in values.items()}
+
+
+def _digits(value: float, digits: int) -> float:
+    """So many digits, no more than are worth their place in a file."""
+    return float(f"{value:.{digits}g}")

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 SHARE = 0.9  # of held-out rows that an interval is to cover
 _ROWS_A_BIN = 60
 _MOST_BINS = 6
-_FEWEST_FOLDS = 3  # to try one with the quantiles of others and still have some
+_FEWEST_FOLDS = 2  # to try one with the quantiles of others
 _NARROWEST = 5e-3  # each side of a prediction: no timing repeats better
 _MOST_POWER = 10.0  # wider by more than this is no interval any more
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from cost_models.cluster import Cluster
 from cost_models.devices import Device
 from cost_models.kernel_profile import FittedKernel, KernelProfile, shipped_profile
-from cost_models.kernels import kind_named
+from cost_models.kernels import TABLES, kind_named
 from cost_models.kernels.base import Kernel
 from cost_models.ops import (
     AllToAll,
@@ -82,7 +82,7 @@ class KernelCosts:
         self._candidates = [
             _Candidate(profile=profile, fitted=fitted, kernel=kind_named(fitted.kind).kernel)
             for profile in profiles
-            for fitted in profile.kernels
+            for fitted in sorted(profile.kernels, key=lambda fitted: TABLES.index(kind_named(fitted.kind)))
         ]
 
     @classmethod

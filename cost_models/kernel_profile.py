@@ -55,13 +55,16 @@ class HeldOutError(_Strict):
 
 
 class Series(_Strict):
-    """One shape at rising sizes: measured, fitted by all rows, and predicted while its fold was held out; seconds."""
+    """One shape at rising sizes: measured, fitted by all rows, and predicted while its fold was held out; microseconds.
+
+    Like all that is only plotted: small numbers keep files short.
+    """
 
     label: str
-    sizes: list[float]
-    measured_s: list[Positive]
-    fitted_s: list[Positive]
-    held_out_s: list[Positive | None]
+    sizes: list[int]
+    measured_us: list[Positive]
+    fitted_us: list[Positive]
+    held_out_us: list[Positive | None]
 
 
 class Sample(_Strict):
@@ -69,8 +72,8 @@ class Sample(_Strict):
 
     size: str
     series: list[Series]
-    predicted_s: list[Positive]
-    measured_s: list[Positive]
+    predicted_us: list[Positive]
+    measured_us: list[Positive]
 
 
 class FittedKernel(_Strict):

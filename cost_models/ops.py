@@ -64,7 +64,8 @@ class Experts:
     `expert_hidden` is one width or one a slot, `matrices` is 3 for gated MLPs and 2 for others; `weight_bytes` is bytes
     an element of the weights, `dtype` the arithmetic where a profile tells several apart. `routed_tokens_X`: tokens
     that the kernel sees, those with no row on this rank too; None: every row is a token of its own. `top_k`: experts
-    that each of them chose, on other ranks too; 0: those of this rank alone.
+    that each of them chose, on other ranks too; 0: those of this rank alone. `mode`: how rows arrived, as in
+    `TokenExchange`, which some kernels are made for; empty: by none of its modes.
     """
 
     rows_XS: Array
@@ -75,6 +76,7 @@ class Experts:
     row_bytes: int
     routed_tokens_X: Array | int | None = None
     top_k: int = 0
+    mode: Literal["normal", "low_latency", ""] = ""
     dtype: str = "bfloat16"
     kernel: str = ""
 

@@ -13,6 +13,7 @@ _ROWS = 4000  # more rows do not move a dozen prices
 _OVERLAP = 4.0  # start of the exponent that rounds the corner where a stage's terms meet
 _REACH = 1.3  # where prices of terms in seconds start: what kernels commonly take over the datasheet
 _PULL = 0.05  # an e-fold away from its start weighs as one row that is off by so much
+_ENOUGH = 1e-5  # prices to five digits
 _LEAST = 1e-300
 
 Floats = NDArray[np.float64]
@@ -71,7 +72,10 @@ def fit_physics(description: Description, seconds_N: Floats) -> Physics:
         total_N, slope_PN = law.seconds(parameters_P)
         return np.concatenate([(slope_PN / total_N).T, _PULL * np.eye(len(parameters_P))])
 
-    return law.physics(least_squares(errors, start, jac=slopes, loss="soft_l1", f_scale=0.1, max_nfev=100).x)
+    fitted = least_squares(
+        errors, start, jac=slopes, loss="soft_l1", f_scale=0.1, ftol=_ENOUGH, xtol=_ENOUGH, max_nfev=100
+    )
+    return law.physics(fitted.x)
 
 
 class _Law:

@@ -37,9 +37,9 @@ class Work:
     """What one microbatch makes the ranks do in each of L layers.
 
     `protocol`: how rows travel; `tokens_G` tokens that each rank holds; `rows_LS` rows that each slot computes;
-    `pairs_LGG` kept pairs and `copies_LGG` tokens with any, by source and computing rank; `route` the policy's own work;
-    `count_bytes` for each rank pair, ahead of the rows; `dispatch`, in `dispatch_dtype`, and `combine` the hops there
-    and back.
+    `pairs_LGG` kept pairs and `copies_LGG` tokens with any, by source and computing rank; `route` the policy's own
+    work; `count_bytes` for each rank pair, ahead of the rows; `dispatch`, in `dispatch_dtype`, and `combine` the hops
+    there and back.
     """
 
     protocol: Protocol

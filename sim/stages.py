@@ -122,6 +122,7 @@ def stages_of(work: Work, model: ModelSpec, costs: CostModel, *, nodes: int = 1)
         row_bytes=model.row_bytes,
         routed_tokens_X=work.copies_LGG.sum(axis=1),
         top_k=work.route.width,
+        mode=_MODES[work.protocol],
         dtype=model.dtype,
     )
     compute("experts", experts)

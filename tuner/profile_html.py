@@ -97,7 +97,7 @@ def _kernel(index: int, kernel: FittedKernel) -> str:
         for trace in _curves(series, _COLOURS[number % len(_COLOURS)], f"shape {number + 1}", kernel.sample.size):
             figure.add_trace(trace, row=1, col=1)
     _residuals(
-        figure, kernel.sample.measured_s, kernel.sample.predicted_s, ["held out"] * len(kernel.sample.measured_s)
+        figure, kernel.sample.measured_us, kernel.sample.predicted_us, ["held out"] * len(kernel.sample.measured_us)
     )
     figure.update_xaxes(type="log", dtick=1, title=kernel.sample.size, row=1, col=1)
     figure.update_yaxes(type="log", dtick=1, title="time, us", row=1, col=1)
@@ -106,7 +106,7 @@ def _kernel(index: int, kernel: FittedKernel) -> str:
         f"kernel-{index}",
         figure,
         "Left: some shapes as measured (points), as fitted with all rows (line), and as predicted while their fold was "
-        f"held out (dots). {shapes}. Right: the residuals of {len(kernel.sample.measured_s)} rows "
+        f"held out (dots). {shapes}. Right: the residuals of {len(kernel.sample.measured_us)} rows "
         "drawn from all that were held out.",
         height=420,
     )
@@ -117,17 +117,15 @@ def _curves(series: Series, colour: str, name: str, size: str) -> list[go.Scatte
     shared = {"x": series.sizes, "legendgroup": name, "hovertemplate": hover}
     return [
         go.Scatter(
-            y=[s / US for s in series.measured_s],
+            y=series.measured_us,
             mode="markers",
             marker={"color": colour, "size": 7},
             name=name,
             **shared,
         ),
+        go.Scatter(y=series.fitted_us, mode="lines", line={"color": colour}, showlegend=False, **shared),
         go.Scatter(
-            y=[s / US for s in series.fitted_s], mode="lines", line={"color": colour}, showlegend=False, **shared
-        ),
-        go.Scatter(
-            y=[None if s is None else s / US for s in series.held_out_s],
+            y=series.held_out_us,
             mode="lines",
             line={"color": colour, "dash": "dot"},
             showlegend=False,
@@ -137,12 +135,12 @@ def _curves(series: Series, colour: str, name: str, size: str) -> list[go.Scatte
 
 
 def _residuals(
-    figure: go.Figure, measured_s: Sequence[float], predicted_s: Sequence[float], text: Sequence[str]
+    figure: go.Figure, measured_us: Sequence[float], predicted_us: Sequence[float], text: Sequence[str]
 ) -> None:
     figure.add_trace(
         go.Scatter(
-            x=[s / US for s in measured_s],
-            y=[p / m - 1 for p, m in zip(predicted_s, measured_s, strict=True)],
+            x=list(measured_us),
+            y=[p / m - 1 for p, m in zip(predicted_us, measured_us, strict=True)],
             text=[figure_text(line) for line in text],
             mode="markers",
             marker={"color": _GREY, "size": 5, "opacity": 0.7},
@@ -179,8 +177,8 @@ def _points(index: int, points: Sequence[Point]) -> str:
     held_out_points = [point for point in points if point.held_out]
     _residuals(
         figure,
-        [point.measured_s for point in held_out_points],
-        [point.predicted_s for point in held_out_points],
+        [point.measured_s / US for point in held_out_points],
+        [point.predicted_s / US for point in held_out_points],
         [point.label for point in held_out_points],
     )
     figure.update_xaxes(type="log", dtick=1, title="measured, us", row=1, col=1)

@@ -73,7 +73,7 @@ class AttentionKernel:
     """Prefill: tiles of queries over all keys before them. Decode: one query, keys split over multiprocessors."""
 
     phase: Literal["prefill", "decode"]
-    boosting: Boosting = field(default_factory=lambda: Boosting(trees=250, depth=4, learning_rate=0.15))
+    boosting: Boosting = field(default_factory=lambda: Boosting(trees=180, depth=4, learning_rate=0.2))
 
     def describe_table(self, columns: Columns, *, op: str, dtype: str, device: Device) -> Description:
         """The rows of an attention table; at generation, `isl + step` tokens are cached."""

@@ -50,7 +50,7 @@ class TableKind:
     dtype_column: str | None = None
     dtype: str = "bfloat16"
     package_file: str = ""
-    size: str = ""
+    size: str
 
 
 class Kernel(Protocol):

@@ -31,6 +31,7 @@ _DEFAULT_SOURCE: Mapping[Style, str] = {
     "wideep_context": "deepepmoe",
     "wideep_generation": "deepepmoe",
 }
+_MODE: Mapping[Style, str] = {"wideep_context": "normal", "wideep_generation": "low_latency"}
 _NONGATED_SOURCE = "moe_torch_flow_nongated"
 # Kernels so unlike the rest of their tables that some of their prices are their own.
 _OTHER_KERNELS = ("min_latency", "flashinfer")
@@ -103,8 +104,9 @@ class ExpertsKernel:
         )
 
     def serves(self, operation: Operation, *, op: str) -> bool:
-        """Any expert MLPs."""
-        return isinstance(operation, Experts)
+        """Expert MLPs; those of SGLang's wide expert parallelism if their rows came in the mode that they are for."""
+        mode = _MODE.get(self.style)
+        return isinstance(operation, Experts) and mode in (None, operation.mode)
 
     def describe(self, operation: Experts, device: Device) -> Description:
         """The same of operations. Their kernel is the framework's own choice unless they name one."""
@@ -176,6 +178,7 @@ class ExpertsKernel:
             bound_s=np.maximum(row_s * load.rows, weights_s + load.rows * hidden * 2 * _ROW_BYTES / bandwidth),
             stages=_with_other_kernels(stages, work.source),
             features=features,
+            increasing=frozenset({"log tokens", "log rows per expert"}),
             source=work.source,
         )
 
@@ -267,12 +270,13 @@ def _table(name: str, framework: str, package_file: str, kernel: ExpertsKernel, 
         timings={"expert_mlp": Timing(column="latency", unit_s=MS)},
         dtype_column="moe_dtype",
         package_file=package_file,
+        size="num_tokens",
     )
 
 
+# In order of preference where several lie as near: kernels made for one way of dispatch go first.
 TABLES = (
     _table("moe_trtllm", "trtllm", "moe_perf.parquet", ExpertsKernel(style="trtllm")),
-    _table("moe_sglang", "sglang", "moe_perf.parquet", ExpertsKernel(style="sglang")),
     _table(
         "moe_wideep_trtllm",
         "trtllm",
@@ -292,4 +296,5 @@ TABLES = (
         "wideep_generation_moe_perf.parquet",
         ExpertsKernel(style="wideep_generation", boosting=_SMALL),
     ),
+    _table("moe_sglang", "sglang", "moe_perf.parquet", ExpertsKernel(style="sglang")),
 )

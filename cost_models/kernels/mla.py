@@ -51,7 +51,7 @@ class MlaKernel:
 
     phase: Literal["prefill", "decode"]
     part: Literal["kernel", "block"]
-    boosting: Boosting = field(default_factory=lambda: Boosting(trees=250, depth=4, learning_rate=0.15))
+    boosting: Boosting = field(default_factory=lambda: Boosting(trees=180, depth=4, learning_rate=0.2))
 
     def describe_table(self, columns: Columns, *, op: str, dtype: str, device: Device) -> Description:
         """The rows of a table; at generation, `isl + step` tokens are cached."""

@@ -11,8 +11,8 @@ BY_HAND = Trees(
     borders_F=(np.array([0.0, 1.0], dtype=np.float32), np.array([10.0], dtype=np.float32)),
     feature_RP=np.array([[0, 1]], dtype=np.uint8),
     border_RP=np.array([[1, 0]], dtype=np.uint8),
-    leaves_RV=np.array([[1, 2, 3, 4]], dtype=np.int16),
-    leaf_unit=0.5,
+    leaves_RV=np.array([[1, 2, 3, 4]], dtype=np.int8),
+    unit_R=np.array([0.5], dtype=np.float16),
     bias=100.0,
 )
 
@@ -38,7 +38,7 @@ def test_packing_loses_nothing() -> None:
     assert again.packed() == BY_HAND.packed()
     for one, other in zip(again.borders_F, BY_HAND.borders_F, strict=True):
         np.testing.assert_array_equal(one, other)
-    assert (again.leaf_unit, again.bias) == (0.5, 100.0)
+    assert (again.unit_R.tolist(), again.bias) == ([0.5], 100.0)
 
 
 @pytest.mark.parametrize("text", ["", "not base64!", BY_HAND.packed()[:40]], ids=["empty", "other text", "cut off"])
