@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 from traces.errors import InputError
 
 _BORDERS = 64  # distinct thresholds a feature; table axes have at most a few dozen values
-# Squared up to 10% off, absolute beyond: a few wrong rows must not bend the rest. Not plain absolute error: under
-# monotone constraints CatBoost then fits worse than no trees at all (measured with 1.2).
-_LOSS = "Huber:delta=0.1"
+# Squared up to 10% off, absolute beyond: a few wrong rows must not bend the rest. By plain gradients: CatBoost's Newton
+# steps explode where all rows of a leaf are far off. Not plain absolute error: under monotone constraints it then fits
+# worse than no trees at all (all seen with 1.2).
+_LOSS, _LEAF_METHOD = "Huber:delta=0.1", "Gradient"
 _LARGEST_LEAF = 127  # of a byte: what rounding loses is far below what a timing repeats to
 _BLOCK = 1024  # rows whose bins fit the first cache
 
@@ -121,6 +122,7 @@ def grow(
         learning_rate=settings.learning_rate,
         l2_leaf_reg=settings.leaf_regularisation,
         loss_function=_LOSS,
+        leaf_estimation_method=_LEAF_METHOD,
         bootstrap_type="Bernoulli",
         subsample=0.8,
         border_count=_BORDERS,
