@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from cost_models.boosting import Boosting, Trees, grow
 from cost_models.description import Description
 from cost_models.physics import Physics, fit_physics
+from traces.errors import InputError
 
 _SLACK = 1e-3  # rounding of logarithms is no extrapolation
 _DENSE = 8  # points a step of a curve
@@ -31,6 +32,9 @@ class Fit:
         Beyond is the sum over features of the distance to what was seen; the residual halves with every unit of it
         (a doubling, where axes are logarithmic), so that only physics is left far away.
         """
+        unknown = [name for name in self.features if name not in description.features]
+        if unknown or not description.stages.keys() <= self.physics.prices.keys():
+            raise InputError("a kernel was fitted as another version of moeroute describes it; fit its profile again")
         physical_X = self.physics.seconds(description)
         features = [np.asarray(description.features[name]) for name in self.features]
         shape = np.broadcast_shapes(np.shape(physical_X), *(feature.shape for feature in features))

@@ -152,7 +152,7 @@ def _residuals(
     )
     figure.add_hline(y=0, line={"color": "#1f2933", "width": 1}, row=1, col=2)
     figure.update_xaxes(type="log", dtick=1, title="measured, us", row=1, col=2)
-    figure.update_yaxes(tickformat="+.0%", title="residual: predicted over measured, less one", row=1, col=2)
+    figure.update_yaxes(tickformat="+.0%", title="predicted / measured − 1", row=1, col=2)
 
 
 def _points(index: int, points: Sequence[Point]) -> str:

@@ -1,6 +1,9 @@
 """Fits on made-up measurements of a known law: what is found, and what is said beyond it."""
 
+from dataclasses import replace
+
 import numpy as np
+import pytest
 
 from cost_models.boosting import Boosting
 from cost_models.crossval import held_out_predictions, scores, take
@@ -8,6 +11,7 @@ from cost_models.description import Description
 from cost_models.kernel_fit import fit_kernel
 from cost_models.kernels.base import hashed_folds, leave_one_out
 from cost_models.physics import fit_physics
+from traces.errors import InputError
 
 BOOSTING = Boosting(trees=60, depth=4)
 
@@ -126,3 +130,12 @@ def test_taking_rows_keeps_their_operations() -> None:
     some = take(description, np.arange(120) % 2 == 1)
     np.testing.assert_array_equal(some.features["log rows"], description.features["log rows"][1::2])
     assert some.increasing == description.increasing
+
+
+def test_a_fit_of_another_description_is_refused() -> None:
+    description, seconds_N = law(*grid())
+    fit = fit_kernel(description, seconds_N, boosting=BOOSTING)
+    with pytest.raises(InputError, match="as another version of moeroute describes it; fit its profile again"):
+        fit.predict(replace(description, features={"log rows": description.features["log rows"]}))
+    with pytest.raises(InputError, match="fit its profile again"):
+        fit.predict(replace(description, stages={**description.stages, "more": description.stages["launch"]}))

@@ -88,7 +88,7 @@ def test_an_unknown_gpu_or_kind_names_those_known(tmp_path: Path) -> None:
     path.rename(tmp_path / "h900_gemm_trtllm.parquet")
     assert "a table's name starts with its gpu, one of a100_sxm, h100_sxm" in refusal(tmp_path)
     (tmp_path / "h900_gemm_trtllm.parquet").rename(tmp_path / "h100_sxm_gemmm.parquet")
-    assert "unknown kind of table 'gemmm'; known are gemm_trtllm" in refusal(tmp_path)
+    assert "unknown kind of table 'gemmm'; known are moe_trtllm, " in refusal(tmp_path)
 
 
 def test_a_folder_without_tables_and_a_file_that_is_none(tmp_path: Path) -> None:

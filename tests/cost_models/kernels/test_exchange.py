@@ -270,6 +270,17 @@ def test_what_a_kernel_serves() -> None:
     assert not BY_NAME["deepep_ll_1node"].kernel.serves(exchange("normal"), op="dispatch")
 
 
+@pytest.mark.parametrize("framework", ["trtllm", "vllm"])
+def test_of_few_shapes_no_price_and_no_feature_tells_which_it_is(framework: str) -> None:
+    description = BY_NAME[f"moe_a2a_{framework}"].kernel.describe(exchange(), H100)
+    assert list(description.features) == ["log tokens", "log row bytes", "log ranks", "log nodes"]
+    assert [float(values) for values in description.features.values()] == [6, np.log2(7392), 2, 1]  # 64, 4 and 2
+    assert [stage.split()[-1] for stage in description.stages] == ["call", "nodes", "turns", "move"]
+    many = BY_NAME["deepep_normal_1node"].kernel.describe(exchange(), H100)
+    assert "log experts" in many.features
+    assert many.stages["experts"]["local"] == pytest.approx(0.1e-6)  # 4 experts on 4 ranks
+
+
 @pytest.mark.parametrize("mode", ["normal", "low_latency"])
 def test_any_leading_shape(mode: Mode) -> None:
     kernel = BY_NAME["moe_a2a_trtllm"].kernel

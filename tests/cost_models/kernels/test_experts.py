@@ -244,13 +244,17 @@ def _timed(kernel: ExpertsKernel, table: Columns) -> NDArray[np.float64]:
 
 def test_only_the_slice_that_is_slow_throughout_is_suspect() -> None:
     kernel = ExpertsKernel(style="trtllm")
-    tokens, sizes = np.meshgrid(2 ** np.arange(13), [1, 2, 4, 8])
+    tokens, sizes = np.meshgrid(2 ** np.arange(13), [1, 2, 4, 8, 16])
     table = _table(num_tokens=tokens.ravel(), moe_ep_size=sizes.ravel(), hidden_size=4096, inter_size=2048)
     seconds_N = _timed(kernel, table)
     slow_N = table["moe_ep_size"] == 4
     lone_N = (table["moe_ep_size"] == 1) & (table["num_tokens"] == 16)  # one slow row makes no slow slice
     measured_N = seconds_N * np.where(slow_N, 4.0, np.where(lone_N, 3.0, 1.0))
     np.testing.assert_array_equal(kernel.suspects(table, measured_N, op="expert_mlp"), slow_N)
+    # Where half of the slices seem slow, it is the physics that does not fit.
+    many_N = table["moe_ep_size"] <= 2
+    half_N = seconds_N * np.where(many_N, 4.0, 1.0)
+    assert not kernel.suspects(table, half_N, op="expert_mlp").any()
 
 
 def test_holdouts_are_whole_configurations_and_whole_sizes() -> None:

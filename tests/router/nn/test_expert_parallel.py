@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from cost_models.microbench.ranks import RankGroup, run_on_ranks
-from cost_models.ops import Operation
+from cost_models.ops import Operation, Prediction
 from router.capacity import Capacity
 from router.context import RouteContext
 from router.nn import expert_parallel
@@ -242,9 +242,13 @@ def test_the_cases_reach_what_they_are_named_for() -> None:
 def test_its_stages_are_the_simulators_by_name_and_order(results: dict[str, Any]) -> None:
     class Free:
         name = "free"
+        included: frozenset[type] = frozenset()
+
+        def predict(self, operation: Operation) -> Prediction:
+            return Prediction.unmeasured(np.zeros(LAYERS) if hasattr(operation, "bytes_XGG") else np.zeros(()))
 
         def seconds(self, operation: Operation) -> Any:
-            return np.zeros(()) if not hasattr(operation, "bytes_XGG") else np.zeros(LAYERS)
+            return self.predict(operation).seconds_X
 
     case = CASES["top-k"]
     source_rank_T = np.zeros(1, dtype=np.int64)
