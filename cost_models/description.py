@@ -12,10 +12,11 @@ class Description:
     """Operations of any shape X, as physics and a learner see them; every array broadcasts to X.
 
     `bound_s`: what the datasheet allows, the plain roofline. `stages`: what happens one after another; inside a stage
-    the terms overlap, so that the largest counts. Each term is the seconds that the datasheet allows, or a count
-    (launches, tokens) whose price is fitted. `features`: what the residual may depend on, on logarithmic axes where
-    sizes span decades; the residual never falls along the `increasing` ones. `curve`: a feature between whose measured
-    values the residual is interpolated. `source`: the kernel that ran, by the name that its table gives it.
+    the terms overlap, so that the largest counts. Each term is in seconds: what the datasheet allows, or what a launch,
+    a turn, a step roughly takes; how many times that is fitted. `features`: what the residual may depend on, on
+    logarithmic axes where sizes span decades; the residual never falls along the `increasing` ones. `curve`: a feature
+    between whose measured values the residual is interpolated. `source`: the kernel that ran, by the name that its
+    table gives it.
     """
 
     bound_s: NDArray[np.float64]

@@ -11,7 +11,7 @@ from cost_models.description import Description
 
 _ROWS = 4000  # more rows do not move a dozen prices
 _OVERLAP = 4.0  # start of the exponent that rounds the corner where a stage's terms meet
-_REACH = 1.3  # where prices of terms in seconds start: what kernels commonly take over the datasheet
+_REACH = 1.3  # where prices start: what kernels commonly take over the datasheet
 _PULL = 0.05  # an e-fold away from its start weighs as one row that is off by so much
 _ENOUGH = 1e-5  # prices to five digits
 _LEAST = 1e-300
@@ -21,10 +21,10 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Physics:
-    """Seconds = the sum over stages of the rounded maximum of price × term.
+    """Seconds = the sum over stages of the rounded maximum of price × term, itself in seconds.
 
-    `prices`: by stage and term, > 0. `overlap`: the exponent p of each stage's rounded maximum, (Σ xᵖ)^(1/p):
-    1 adds the terms up, a large one takes the larger.
+    `prices`: by stage and term, > 0, how many times its seconds each term takes. `overlap`: the exponent p of each
+    stage's rounded maximum, (Σ xᵖ)^(1/p): 1 adds the terms up, a large one takes the larger.
     """
 
     prices: Mapping[str, Mapping[str, float]]
@@ -53,7 +53,7 @@ def _rounded_max(terms: list[Floats], exponent: float) -> Floats:
 def fit_physics(description: Description, seconds_N: Floats) -> Physics:
     """Prices and overlaps that make the logarithmic errors small; large errors count less than squared.
 
-    What the rows cannot tell keeps the price it started with: 1.3 times the datasheet for a term in seconds.
+    What the rows cannot tell keeps the price it started with, 1.3.
     """
     rows = len(seconds_N)
     some = np.random.default_rng(0).permutation(rows)[:_ROWS]
@@ -63,7 +63,7 @@ def fit_physics(description: Description, seconds_N: Floats) -> Physics:
     }
     law = _Law(stages)
     log_s = np.log(seconds_N[some])
-    start = law.start(float(np.quantile(seconds_N, 0.02)))
+    start = law.start()
 
     def errors(parameters_P: Floats) -> Floats:
         return np.concatenate([np.log(law.seconds(parameters_P)[0]) - log_s, _PULL * (parameters_P - start)])
@@ -89,14 +89,10 @@ class _Law:
         self._prices = [(stage, term) for stage, terms in stages.items() for term in terms]
         self._rounded = [stage for stage, terms in stages.items() if len(terms) > 1]
 
-    def start(self, shortest_s: float) -> Floats:
-        """Terms in seconds near what the datasheet allows; a count where half the shortest times would be its."""
-        prices = []
-        for stage, term in self._prices:
-            values_N = self._stages[stage][term]
-            counts = values_N.max(initial=0) >= 1
-            prices.append(0.5 * shortest_s / float(np.median(values_N)) if counts and np.median(values_N) else _REACH)
-        return np.concatenate([np.log(prices), np.full(len(self._rounded), np.log(_OVERLAP - 1))])
+    def start(self) -> Floats:
+        """Where the search begins."""
+        prices = np.full(len(self._prices), np.log(_REACH))
+        return np.concatenate([prices, np.full(len(self._rounded), np.log(_OVERLAP - 1))])
 
     def physics(self, parameters_P: Floats) -> Physics:
         """The parameters by name."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,9 +10,11 @@ from numpy.typing import NDArray
 from cost_models.boosting import Boosting
 from cost_models.description import Description
 from cost_models.devices import Device, dtype_bytes
-from cost_models.kernels.base import Columns, TableKind, Timing, hashed_folds
+from cost_models.kernels.base import LAUNCH_S, Columns, TableKind, Timing, hashed_folds
 from cost_models.ops import Attention, Operation
 from cost_models.units import MS
+
+Phase = Literal["prefill", "decode"]
 
 _TILE = 128  # queries of a thread block at prefill, and keys that it takes at once: FlashAttention-2, arXiv:2307.08691
 _DECODE_ROWS = 16  # the fewest query rows that a matrix instruction takes: decode pads its group of heads to it
@@ -47,14 +49,34 @@ def key_splits(blocks_X: NDArray[np.float64], keys_X: NDArray[np.float64], devic
     return np.clip(np.floor(device.sms / blocks_X), 1, np.maximum(np.floor(keys_X / _SPLIT_KEYS), 1))
 
 
+def requests_of(columns: Columns, phase: Phase) -> tuple[Any, Any, Any]:
+    """Requests, new tokens and cached tokens of each row of a table; at generation, `isl + step` are cached."""
+    if phase == "prefill":
+        return columns["batch_size"], columns["isl"], columns["step"]
+    return columns["batch_size"], 1, columns["isl"] + columns["step"]
+
+
+def new_tokens(columns: Columns, phase: Phase) -> NDArray[np.int64]:
+    """New tokens of the step that each row of a table is of."""
+    requests, new, _ = requests_of(columns, phase)
+    return np.asarray(requests * new, dtype=np.int64)
+
+
+def at_least_one_token(requests: Any, new_tokens: Any, *others: Any) -> list[NDArray[np.float64]]:
+    """All as arrays of one shape; no token costs what one does, the launches."""
+    requests, new, *rest = np.broadcast_arrays(
+        *(np.asarray(x, dtype=np.float64) for x in (requests, new_tokens, *others))
+    )
+    return [np.maximum(requests, 1), np.maximum(new, 1), *rest]
+
+
 def dtype_bytes_of(dtypes_N: NDArray[Any]) -> NDArray[np.float64]:
     """Bytes an element for an array of dtypes' names."""
     names, index_N = np.unique(dtypes_N.astype(str), return_inverse=True)
     return np.array([dtype_bytes(str(name)) for name in names])[index_N]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Work:
+class _Work(NamedTuple):
     """Attention as arrays of one shape; fields as in `Attention`. `window`: the keys that a query sees at most."""
 
     batch: NDArray[np.float64]
@@ -65,23 +87,19 @@ class _Work:
     width: NDArray[np.float64]
     kv_bytes: NDArray[np.float64]
     window: NDArray[np.float64]
-    peak_flops: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionKernel:
     """Prefill: tiles of queries over all keys before them. Decode: one query, keys split over multiprocessors."""
 
-    phase: Literal["prefill", "decode"]
+    phase: Phase
     boosting: Boosting = field(default_factory=lambda: Boosting(trees=180, depth=4, learning_rate=0.2))
 
     def describe_table(self, columns: Columns, *, op: str, dtype: str, device: Device) -> Description:
         """The rows of an attention table; at generation, `isl + step` tokens are cached."""
-        prefill = self.phase == "prefill"
         return self._describe(
-            columns["batch_size"],
-            columns["isl"] if prefill else 1,
-            columns["step"] if prefill else columns["isl"] + columns["step"],
+            *requests_of(columns, self.phase),
             columns["num_heads"],
             columns["num_key_value_heads"],
             columns["head_dim"],
@@ -111,15 +129,8 @@ class AttentionKernel:
         )
 
     def _describe(self, *sizes: Any, dtype: str, device: Device) -> Description:
-        arrays = np.broadcast_arrays(*(np.asarray(size, dtype=np.float64) for size in sizes))
-        arrays = (
-            np.maximum(arrays[0], 1),
-            np.maximum(arrays[1], 1),
-            *arrays[2:],
-        )  # no token costs what one does: launches
-        names = ("batch", "new", "cached", "heads", "kv_heads", "width", "kv_bytes", "window")
-        work = _Work(**dict(zip(names, arrays, strict=True)), peak_flops=device.peak(dtype_bytes(dtype)))
-        return _prefill(work, device) if self.phase == "prefill" else _decode(work, device)
+        work, peak_flops = _Work(*at_least_one_token(*sizes)), device.peak(dtype_bytes(dtype))
+        return (_prefill if self.phase == "prefill" else _decode)(work, peak_flops, device)
 
     def holdouts(self, columns: Columns, *, op: str) -> Mapping[str, NDArray[np.int64]]:
         """Whole head counts with their dtypes."""
@@ -131,18 +142,16 @@ class AttentionKernel:
 
     def tokens(self, columns: Columns) -> NDArray[np.int64] | None:
         """New tokens of the step."""
-        if self.phase == "decode":
-            return columns["batch_size"]
-        return np.asarray(columns["batch_size"] * columns["isl"], dtype=np.int64)
+        return new_tokens(columns, self.phase)
 
 
-def _prefill(work: _Work, device: Device) -> Description:
+def _prefill(work: _Work, peak_flops: float, device: Device) -> Description:
     keys = work.new + work.cached
     rows = work.batch * work.heads
     cache_bytes = 2 * work.batch * keys * work.kv_heads * work.width * work.kv_bytes
     query_bytes = 2 * rows * work.new * work.width * dtype_bytes("bfloat16")  # queries read, results written
     memory_s = (cache_bytes + query_bytes) / device.memory_bandwidth
-    pair_s = 4 * work.width * rows / work.peak_flops
+    pair_s = 4 * work.width * rows / peak_flops
     ideal_s = pair_s * causal_pairs(work.new, work.cached, work.window)
     tiles = np.ceil(work.new / _TILE)
     tiled_s = pair_s * _TILE**2 * causal_pairs(tiles, np.ceil(work.cached / _TILE), np.ceil(work.window / _TILE) + 1)
@@ -150,7 +159,7 @@ def _prefill(work: _Work, device: Device) -> Description:
     return Description(
         bound_s=np.maximum(ideal_s, memory_s),
         stages={
-            "launch": {"call": np.ones(keys.shape)},
+            "launch": {"call": np.full(keys.shape, LAUNCH_S)},
             "prepare": {"memory": memory_s},  # rotate queries and keys, append to the cache
             "attention": {
                 "compute": tiled_s,
@@ -183,7 +192,7 @@ def _by_kernel(name: str, seconds: NDArray[np.float64], group: NDArray[np.float6
     return {f"grouped {name}": np.where(group > 1, seconds, 0.0), f"single {name}": np.where(group > 1, 0.0, seconds)}
 
 
-def _decode(work: _Work, device: Device) -> Description:
+def _decode(work: _Work, peak_flops: float, device: Device) -> Description:
     keys = np.minimum(work.new + work.cached, work.window)
     grouped = work.heads <= _LARGEST_GROUP * work.kv_heads
     readers = np.where(grouped, work.kv_heads, work.heads)  # heads that read keys on their own
@@ -191,14 +200,14 @@ def _decode(work: _Work, device: Device) -> Description:
     cache_bytes = 2 * work.batch * keys * work.kv_heads * work.width * work.kv_bytes
     query_bytes = 2 * work.batch * work.new * work.heads * work.width * dtype_bytes("bfloat16")
     memory_s = (cache_bytes + query_bytes) / device.memory_bandwidth
-    row_s = 4 * work.width * work.batch * readers * keys / work.peak_flops
+    row_s = 4 * work.width * work.batch * readers * keys / peak_flops
     blocks = work.batch * readers
     splits = key_splits(blocks, keys, device)
     waves = blocks / device.sms
     return Description(
         bound_s=np.maximum(row_s * group, memory_s),
         stages={
-            "launch": {"call": np.ones(keys.shape)},
+            "launch": {"call": np.full(keys.shape, LAUNCH_S)},
             "attention": {
                 "memory": memory_s,
                 "reads": cache_bytes * (readers / work.kv_heads) / (_CACHE_SPEED * device.memory_bandwidth),
@@ -228,7 +237,7 @@ def _decode(work: _Work, device: Device) -> Description:
     )
 
 
-def _table(name: str, phase: Literal["prefill", "decode"], package_file: str, size: str) -> TableKind:
+def _table(name: str, phase: Phase, package_file: str, size: str) -> TableKind:
     return TableKind(
         name=name,
         framework="trtllm",

@@ -12,9 +12,11 @@ from cost_models.boosting import Boosting
 from cost_models.description import Description
 from cost_models.devices import Device
 from cost_models.ops import Operation
+from cost_models.units import US
 
 Columns = Mapping[str, NDArray[Any]]
 FOLDS = 5
+LAUNCH_S = 5 * US  # of a kernel, roughly; its price is fitted
 _DISTURBED = 2.0  # times longer than more work took
 
 

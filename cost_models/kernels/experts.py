@@ -16,10 +16,10 @@ from scipy.optimize import nnls
 from cost_models.boosting import Boosting
 from cost_models.description import Description
 from cost_models.devices import DEVICES, Device, dtype_bytes
-from cost_models.kernels.base import Columns, TableKind, Timing, hashed_folds, leave_one_out
+from cost_models.kernels.base import LAUNCH_S, Columns, TableKind, Timing, hashed_folds, leave_one_out
 from cost_models.kernels.expert_load import ExpertLoad, expected_load, load_of_rows
 from cost_models.ops import Array, Experts, Operation
-from cost_models.units import MS
+from cost_models.units import MS, US
 
 Style = Literal["trtllm", "sglang", "wideep_trtllm", "wideep_context", "wideep_generation"]
 
@@ -43,6 +43,9 @@ _SUSPECT_TOKENS = 512  # up to here the weights read decide the time
 _SUSPECT_RATIO = 1.5
 _MOST_SUSPECTS = 0.25  # of a dtype's rows: where more seem wrong, it is the physics that is
 _FIRST_VERSIONS = ("1.0.0",)  # of TRT-LLM, whose tables were drawn by another rule
+# Roughly; prices are fitted: seconds of the kernels (sort, two products, add) to launch, of one for each slot, and of a
+# tile for each element of the inner dimension.
+_LAUNCHES_S, _SLOT_S, _STEP_S = 4 * LAUNCH_S, 0.5 * US, 3e-9
 _ROW_BYTES = 2  # bf16 between layers, whatever the products are in
 
 
@@ -139,11 +142,11 @@ class ExpertsKernel:
         tiles_s = row_s * 64 * load.tiles_64
         element = dtype_bytes(work.dtype)
         stages: dict[str, dict[str, Array]] = {
-            "launch": {"call": np.ones(())},
-            "slots": {"count": np.asarray(slots, dtype=np.float64)},
+            "launch": {"calls": np.full((), _LAUNCHES_S)},
+            "slots": {"turns": np.asarray(slots * _SLOT_S)},
             # Steps along the inner dimension that follow one another however few the rows.
-            "steps up": {"inner": np.asarray(hidden, dtype=np.float64)},
-            "steps down": {"inner": np.asarray(width, dtype=np.float64)},
+            "steps up": {"inner": np.asarray(hidden * _STEP_S)},
+            "steps down": {"inner": np.asarray(width * _STEP_S)},
             "tokens": {"traffic": work.tokens * hidden * (element + 2 * _ROW_BYTES) / bandwidth},
             "rows": {"traffic": load.rows * hidden * (element + _ROW_BYTES) / bandwidth},
             "activation": {"traffic": load.rows * width * (_ROW_BYTES * (work.matrices - 1) + element) / bandwidth},

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from cost_models.boosting import Boosting
 from cost_models.description import Description
 from cost_models.devices import Device, dtype_bytes
-from cost_models.kernels.base import Columns, TableKind, Timing, hashed_folds
+from cost_models.kernels.base import LAUNCH_S, Columns, TableKind, Timing, hashed_folds
 from cost_models.ops import Gemm, Operation
 from cost_models.units import MS
 
@@ -115,7 +115,7 @@ class GemmKernel:
         tiles = np.ceil(m / 128) * np.ceil(n / 128)
         waves = tiles / device.sms
         stages: dict[str, dict[str, NDArray[Any]]] = {
-            "launch": {"call": np.ones_like(m)},
+            "launch": {"call": np.full_like(m, LAUNCH_S)},
             "product": {
                 "compute": compute_s,
                 "memory": memory_s,

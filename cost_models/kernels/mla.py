@@ -6,7 +6,7 @@ and results, so that all heads read one latent key (DeepSeek-V2, arXiv:2405.0443
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,8 +14,16 @@ from numpy.typing import NDArray
 from cost_models.boosting import Boosting
 from cost_models.description import Description
 from cost_models.devices import Device, dtype_bytes
-from cost_models.kernels.attention import causal_pairs, dtype_bytes_of, key_splits
-from cost_models.kernels.base import Columns, TableKind, Timing, hashed_folds
+from cost_models.kernels.attention import (
+    Phase,
+    at_least_one_token,
+    causal_pairs,
+    dtype_bytes_of,
+    key_splits,
+    new_tokens,
+    requests_of,
+)
+from cost_models.kernels.base import LAUNCH_S, Columns, TableKind, Timing, hashed_folds, outlasts_larger
 from cost_models.kernels.gemm import products_of
 from cost_models.kernels.mla_projections import LATENT, NOPE, VALUE, MlaProjectionKernel
 from cost_models.ops import Mla, Operation
@@ -31,11 +39,9 @@ _DECODE_HEADS = 64  # heads of a thread block at decode: FlashMLA's tile
 _CHAIN_S = 1e-9  # seconds that a thread block takes for each key, or inner element, roughly; prices are fitted
 _BLOCK_S = 1e-6  # seconds in which a thread block starts and ends, roughly; the price is fitted
 _BF16 = 2.0
-_SUSPICIOUS = 2.0  # times what more heads take
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Work:
+class _Work(NamedTuple):
     """Latent attention as arrays of one shape; fields as in `Mla`, `kv_bytes` an element of the cache."""
 
     batch: NDArray[np.float64]
@@ -49,17 +55,14 @@ class _Work:
 class MlaKernel:
     """The attention alone, or with its projections: queries down and up, latent down and up, results out."""
 
-    phase: Literal["prefill", "decode"]
+    phase: Phase
     part: Literal["kernel", "block"]
     boosting: Boosting = field(default_factory=lambda: Boosting(trees=180, depth=4, learning_rate=0.2))
 
     def describe_table(self, columns: Columns, *, op: str, dtype: str, device: Device) -> Description:
         """The rows of a table; at generation, `isl + step` tokens are cached."""
-        prefill = self.phase == "prefill"
         return self._describe(
-            columns["batch_size"],
-            columns["isl"] if prefill else 1,
-            columns["step"] if prefill else columns["isl"] + columns["step"],
+            *requests_of(columns, self.phase),
             columns["num_heads"],
             dtype_bytes_of(columns["kv_cache_dtype"]),
             gemm_dtype=dtype,
@@ -85,18 +88,12 @@ class MlaKernel:
         )
 
     def _describe(self, *sizes: Any, gemm_dtype: str, source: NDArray[np.str_] | str, device: Device) -> Description:
-        arrays = np.broadcast_arrays(*(np.asarray(size, dtype=np.float64) for size in sizes))
-        arrays = (
-            np.maximum(arrays[0], 1),
-            np.maximum(arrays[1], 1),
-            *arrays[2:],
-        )  # no token costs what one does: launches
-        work = _Work(**dict(zip(("batch", "new", "cached", "heads", "kv_bytes"), arrays, strict=True)))
+        work = _Work(*at_least_one_token(*sizes))
         kernel = _prefill(work, device) if self.phase == "prefill" else _decode(work, device)
         block = _around(work, kernel, self.phase, gemm_dtype, device) if self.part == "block" else kernel
         return Description(
             bound_s=block.bound_s,
-            stages={"launch": {"call": np.ones(work.batch.shape)}, **block.stages},
+            stages={"launch": {"call": np.full(work.batch.shape, LAUNCH_S)}, **block.stages},
             features=block.features,
             source=source,
         )
@@ -109,25 +106,11 @@ class MlaKernel:
     def suspects(self, columns: Columns, seconds_N: NDArray[np.float64], *, op: str) -> NDArray[np.bool_]:
         """Rows that took over twice what the same with more heads took: compared inside a held-out pair only."""
         same = [name for name in _KEYS if name not in ("num_heads", "tp_size") and name in columns]
-        group_N = np.zeros(len(seconds_N), dtype=np.int64)
-        for name in same:
-            code_N = np.unique(columns[name], return_inverse=True)[1]
-            group_N = np.unique(group_N * (code_N.max(initial=0) + 1) + code_N, return_inverse=True)[1]
-        suspect_N = np.zeros(len(seconds_N), dtype=bool)
-        order_N = np.lexsort((-columns["num_heads"], group_N))  # most heads first
-        least, of_group = np.inf, -1
-        for row in order_N.tolist():
-            if group_N[row] != of_group:
-                least, of_group = np.inf, int(group_N[row])
-            suspect_N[row] = seconds_N[row] > _SUSPICIOUS * least
-            least = min(least, seconds_N[row])
-        return suspect_N
+        return outlasts_larger(columns["num_heads"], seconds_N, [columns[name] for name in same])
 
     def tokens(self, columns: Columns) -> NDArray[np.int64] | None:
         """New tokens of the step."""
-        if self.phase == "decode":
-            return columns["batch_size"]
-        return np.asarray(columns["batch_size"] * columns["isl"], dtype=np.int64)
+        return new_tokens(columns, self.phase)
 
 
 def _compute(seconds: NDArray[np.float64], work: _Work) -> dict[str, NDArray[np.float64]]:
@@ -224,9 +207,7 @@ def _decode(work: _Work, device: Device) -> Description:
     )
 
 
-def _around(
-    work: _Work, kernel: Description, phase: Literal["prefill", "decode"], gemm_dtype: str, device: Device
-) -> Description:
+def _around(work: _Work, kernel: Description, phase: Phase, gemm_dtype: str, device: Device) -> Description:
     """The block: projections before and after the kernel. The up-projection of keys covers what is cached, too."""
     tokens = work.batch * work.new
     weight_bytes = dtype_bytes(gemm_dtype)
@@ -280,7 +261,7 @@ _KEYS = (
 
 def _table(
     name: str,
-    phase: Literal["prefill", "decode"],
+    phase: Phase,
     part: Literal["kernel", "block"],
     package_file: str,
     *,

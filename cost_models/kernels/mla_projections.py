@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from cost_models.boosting import Boosting
 from cost_models.description import Description
 from cost_models.devices import Device, dtype_bytes
-from cost_models.kernels.base import Columns, hashed_folds
+from cost_models.kernels.base import LAUNCH_S, Columns, hashed_folds
 from cost_models.kernels.gemm import products_of
 from cost_models.ops import MlaProjection, Operation
 
@@ -59,7 +59,7 @@ class MlaProjectionKernel:
         return Description(
             bound_s=np.maximum(products.ideal_s, products.memory_s),
             stages={
-                "launch": {"call": np.ones_like(rows)},
+                "launch": {"call": np.full_like(rows, LAUNCH_S)},
                 "products": {
                     "compute": products.compute_s,
                     "memory": products.memory_s,

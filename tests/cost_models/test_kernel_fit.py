@@ -22,7 +22,7 @@ def law(rows_N: np.ndarray, width_N: np.ndarray) -> tuple[Description, np.ndarra
     seconds_N = 5e-6 + np.maximum(2 * compute_s, 1.25 * memory_s)
     description = Description(
         bound_s=np.maximum(compute_s, memory_s),
-        stages={"launch": {"call": np.ones(len(rows_N))}, "work": {"compute": compute_s, "memory": memory_s}},
+        stages={"launch": {"call": np.full(len(rows_N), 1e-6)}, "work": {"compute": compute_s, "memory": memory_s}},
         features={"log rows": np.log2(rows_N), "log width": np.log2(width_N)},
         increasing=frozenset({"log rows"}),
     )
@@ -37,7 +37,7 @@ def grid(rows: int = 12, widths: int = 10) -> tuple[np.ndarray, np.ndarray]:
 def test_physics_finds_the_prices_of_its_law() -> None:
     description, seconds_N = law(*grid())
     physics = fit_physics(description, seconds_N)
-    assert abs(physics.prices["launch"]["call"] / 5e-6 - 1) < 0.05
+    assert abs(physics.prices["launch"]["call"] / 5 - 1) < 0.05
     assert abs(physics.prices["work"]["compute"] / 2 - 1) < 0.05
     assert abs(physics.prices["work"]["memory"] / 1.25 - 1) < 0.1
     assert scores(physics.seconds(description), seconds_N).mape < 0.02
@@ -139,3 +139,17 @@ def test_a_fit_of_another_description_is_refused() -> None:
         fit.predict(replace(description, features={"log rows": description.features["log rows"]}))
     with pytest.raises(InputError, match="fit its profile again"):
         fit.predict(replace(description, stages={**description.stages, "more": description.stages["launch"]}))
+
+
+def test_a_term_that_no_row_had_keeps_a_plausible_price() -> None:
+    """What a table holds no trace of, another kernel's launch say, costs 1.3 times its own seconds."""
+    description, seconds_N = law(*grid())
+    zero_N = np.zeros(len(seconds_N))
+    fit = fit_kernel(
+        replace(description, stages={**description.stages, "other": {"call": zero_N}}), seconds_N, boosting=BOOSTING
+    )
+    assert abs(fit.physics.prices["other"]["call"] - 1.3) < 1e-6
+    without = fit.predict(replace(description, stages={**description.stages, "other": {"call": zero_N}}))[0]
+    with_it = fit.predict(replace(description, stages={**description.stages, "other": {"call": zero_N + 1e-5}}))[0]
+    assert (with_it > without).all()
+    assert with_it.max() < without.max() + 2e-5

@@ -154,7 +154,7 @@ def test_terms_by_hand() -> None:
     assert stages["tokens"]["traffic"] == pytest.approx(64 * 1024 * (2 + 2 + 2) / 3.35e12)
     assert stages["rows"]["traffic"] == pytest.approx(128 * 1024 * (2 + 2) / 3.35e12)
     assert stages["activation"]["traffic"] == pytest.approx(128 * 512 * (4 + 2) / 3.35e12)  # two in, one out
-    assert stages["slots"]["count"] == 8
+    assert stages["slots"]["turns"] == pytest.approx(8 * 0.5e-6)
 
 
 @pytest.mark.parametrize("style", ["trtllm", "wideep_trtllm", "wideep_context", "wideep_generation"])
@@ -198,8 +198,8 @@ def test_two_matrices_run_the_nongated_kernel() -> None:
 def test_rows_of_other_kernels_have_prices_of_their_own() -> None:
     both = _table(np.array([GATED, "moe_torch_flow_min_latency"]))
     stages = ExpertsKernel(style="trtllm").describe_table(both, op="expert_mlp", dtype="nvfp4", device=H100).stages
-    assert np.asarray(stages["launch"]["call"]).tolist() == [1, 0]
-    assert np.asarray(stages["launch of the other kernel"]["call"]).tolist() == [0, 1]
+    assert np.asarray(stages["launch"]["calls"]).tolist() == pytest.approx([20e-6, 0])
+    assert np.asarray(stages["launch of the other kernel"]["calls"]).tolist() == pytest.approx([0, 20e-6])
 
 
 def _bound_prices(description: Description) -> Physics:
