@@ -1,10 +1,13 @@
 """`moeroute whatif`: one scenario at many points."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from moeroute.cli.console import Json, ScenarioFile, interval_in_words, print_json, print_table, say
+
+if TYPE_CHECKING:
+    from tuner.whatif import Point
 
 
 def whatif(
@@ -34,9 +37,9 @@ def whatif(
         return
     rows = []
     for point in points:
-        row = [" ".join(f"{name}={value}" for name, value in point.values.items())]
+        row = [in_words(point)]
         if point.report is None:
-            row += ["", "", "", "", "", "", point.problem or ""]
+            row += ["", "", "", "", "", "", "cannot be: see below"]
         else:
             report, memory = point.report, point.report.memory
             row += [
@@ -61,5 +64,13 @@ def whatif(
         "",
     ]
     print_table(costs or "nothing could be simulated", head, rows)
+    for point in points:
+        if point.problem is not None:
+            print(f"{in_words(point)}: {point.problem}")
     for stage in sorted({stage for p in points if p.report is not None for stage in p.report.extrapolated}):
         say(f"priced beyond what was measured at some points: {stage}")
+
+
+def in_words(point: "Point") -> str:
+    """The point's values as they were given."""
+    return " ".join(f"{name}={value}" for name, value in point.values.items())

@@ -171,3 +171,12 @@ def test_usage_errors_keep_their_plain_form(folder):
     done = run("simulate", cwd=folder)
     assert done.returncode == 2
     assert "Missing argument" in done.stderr
+
+
+def test_a_point_that_cannot_be_is_explained_in_full(folder):
+    """8 experts have no place on 64 ranks; the table stays a table, and the reason stands whole below it."""
+    done = run("whatif", "scenario.yaml", "--vary", "ranks=4,64", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert any("ranks=64" in line and "cannot be" in line for line in lines)
+    assert any(line.startswith("ranks=64: ") and "8 expert slots" in line for line in lines)
