@@ -15,9 +15,8 @@ from cost_models.description import Description
 from cost_models.intervals import coverage, fit_spread
 from cost_models.kernel_fit import Fit, fit_kernel
 from cost_models.kernel_profile import FittedKernel, HeldOutError, KernelProfile, Sample, Series
-from cost_models.tables import Part, TableFile, read_all
+from cost_models.tables import Part
 from cost_models.units import US
-from traces.errors import InputError
 from traces.progress import Progress, quiet
 
 R = TypeVar("R")
@@ -42,12 +41,13 @@ def evaluate_part(part: Part) -> list[tuple[HeldOutError, HeldOut, NDArray[np.in
         )
         error = _error(part, description, holdout, fold_N, held_out, suspect_N)
         found.append((error, held_out, fold_N))
-    if not found:
-        raise InputError(
-            f"{part.path}: {part.op} in {part.dtype} has one shape only, so that nothing can be held out; "
-            "measure more shapes"
-        )
     return found
+
+
+def can_hold_out(part: Part) -> bool:
+    """Whether rows of the part can be held out and others are left to fit: not if it has one shape only."""
+    folds = part.kind.kernel.holdouts(part.columns, op=part.op).values()
+    return any(len(np.unique(fold_N)) > 1 for fold_N in folds)
 
 
 def fit_part(part: Part) -> FittedKernel:
@@ -90,11 +90,11 @@ def errors_of_part(part: Part) -> list[HeldOutError]:
 
 
 def fit_profiles(
-    files: Sequence[TableFile], *, source: str, processes: int = 2, progress: Progress = quiet
+    parts: Sequence[Part], *, source: str, processes: int = 2, progress: Progress = quiet
 ) -> list[KernelProfile]:
-    """Fit every part of the tables, a profile for each GPU and framework; `source` says where the tables are from."""
+    """Fit every part of tables, a profile for each GPU and framework; `source` says where the tables are from."""
     by_profile: dict[tuple[str, str], list[FittedKernel]] = {}
-    for part, kernel in in_parallel(fit_part, list(read_all(files)), processes, progress):
+    for part, kernel in in_parallel(fit_part, parts, processes, progress):
         by_profile.setdefault((part.device.name, part.framework), []).append(kernel)
     return [
         KernelProfile(gpu=gpu, framework=framework, source=source, kernels=kernels)

@@ -4,7 +4,7 @@ A table is a file `<gpu>_<kind>.parquet`; the kinds are those of `cost_models.ke
 wrong with a table is an `InputError` that names the file, the row (from 0) and the column.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,6 +108,8 @@ def source_of(file: TableFile) -> str:
 def read_parts(file: TableFile) -> list[Part]:
     """Read a table and check it; a part for each operation and known dtype that it holds."""
     columns = _read(file.path)
+    rows = len(next(iter(columns.values()), ()))
+    columns = {name: np.full(rows, value) for name, value in file.kind.added.items()} | columns
     _require_columns(file, columns)
     parts = []
     for op, timing in file.kind.timings.items():
@@ -144,12 +146,6 @@ def read_parts(file: TableFile) -> list[Part]:
             f"{file.path}: no rows of a known operation and dtype; known are {', '.join(file.kind.timings)}"
         )
     return parts
-
-
-def read_all(files: Sequence[TableFile]) -> Iterator[Part]:
-    """The parts of several tables, one table after another."""
-    for file in files:
-        yield from read_parts(file)
 
 
 def _read(path: Path) -> dict[str, NDArray[Any]]:

@@ -258,6 +258,7 @@ def _table(name: str, phase: Phase, package_file: str, size: str) -> TableKind:
         dtype_column="attn_dtype",
         package_file=package_file,
         size=size,
+        added={"window_size": 0},
     )
 
 

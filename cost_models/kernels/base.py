@@ -41,7 +41,7 @@ class TableKind:
     `name`: its files are `<gpu>_<name>.parquet`. `package_file`: what the file is called in aiconfigurator-core.
     `keys`: the columns that tell rows apart. `timings`: for each operation where its time stands. `dtype_column`: the
     column that splits it into fits of their own; without one, all rows are of `dtype`. `size`: the column along which
-    a plot shows it.
+    a plot shows it. `added`: columns that early versions lack, with what held for all their rows.
     """
 
     name: str
@@ -53,6 +53,7 @@ class TableKind:
     dtype: str = "bfloat16"
     package_file: str = ""
     size: str
+    added: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Kernel(Protocol):

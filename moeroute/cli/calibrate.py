@@ -11,7 +11,7 @@ from moeroute.cli.console import Json, Out, RunDevice, print_json, print_table, 
 if TYPE_CHECKING:
     from cost_models.kernel_profile import HeldOutError
     from cost_models.profile import Profile
-    from cost_models.tables import TableFile
+    from cost_models.tables import Part, TableFile
     from traces.model import ModelSpec
 
 PROFILE_FILE = "profile.json"
@@ -45,10 +45,11 @@ def calibrate(
         return
     if tables is not None or gpu is not None:
         files, source = _find(tables, gpu, framework, version)
+        parts = _read(files, keep_going=tables is None)
         if cv:
-            _cross_validate(files, processes, json)
+            _cross_validate(parts, processes, json)
         else:
-            _fit(files, source, processes, out, json)
+            _fit(parts, source, processes, out, json)
         return
     if cv or framework or version:
         raise typer.BadParameter("--cv, --framework and --version go with --tables or --gpu")
@@ -136,12 +137,36 @@ def _find(
     return files, source_of(files[0])
 
 
-def _cross_validate(files: "list[TableFile]", processes: int, json: bool) -> None:
+def _read(files: "list[TableFile]", *, keep_going: bool) -> "list[Part]":
+    """The parts of all tables; what is left out is said. `keep_going`: one odd table does not stop the others."""
+    from cost_models.fit_tables import can_hold_out
+    from cost_models.tables import read_parts
+    from traces.errors import InputError
+
+    parts = []
+    for file in files:
+        try:
+            read = read_parts(file)
+        except InputError as error:
+            if not keep_going:
+                raise
+            say(f"left out: {error}")
+            continue
+        for part in read:
+            if can_hold_out(part):
+                parts.append(part)
+            else:
+                say(f"left out: {part.path}: {part.op} in {part.dtype} has one shape only: nothing could be held out")
+    if not parts:
+        raise InputError(f"nothing to fit in {files[0].path.parent}; see what was left out")
+    return parts
+
+
+def _cross_validate(parts: "list[Part]", processes: int, json: bool) -> None:
     from cost_models.fit_tables import errors_of_part, in_parallel
-    from cost_models.tables import read_all
 
     with progress_bar("holding out") as progress:
-        evaluated = in_parallel(errors_of_part, list(read_all(files)), processes, progress)
+        evaluated = in_parallel(errors_of_part, parts, processes, progress)
     if json:
         print_json(
             {
@@ -156,11 +181,11 @@ def _cross_validate(files: "list[TableFile]", processes: int, json: bool) -> Non
     _print_errors([(part.op, part.table, part.dtype, error) for part, errors in evaluated for error in errors])
 
 
-def _fit(files: "list[TableFile]", source: str, processes: int, out: Path, json: bool) -> None:
+def _fit(parts: "list[Part]", source: str, processes: int, out: Path, json: bool) -> None:
     from cost_models.fit_tables import fit_profiles
 
     with progress_bar("fitting") as progress:
-        profiles = fit_profiles(files, source=source, processes=processes, progress=progress)
+        profiles = fit_profiles(parts, source=source, processes=processes, progress=progress)
     for profile in profiles:
         profile.write(out / profile.file_name)
     if json:

@@ -1,10 +1,12 @@
 """`moeroute calibrate` on measured tables, as a stranger would run it."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -73,3 +75,17 @@ def test_bad_input_is_one_line_with_the_mend(tables: Path, arguments: list[str],
 
 def test_options_of_tables_need_tables() -> None:
     assert "go with --tables or --gpu" in run("calibrate", "--cv", code=2).output
+
+
+def test_what_nothing_can_be_held_out_of_is_said_and_left_out(tables: Path, tmp_path: Path) -> None:
+    columns = gemm_columns()
+    one_shape = (columns["n"] == 512) & (columns["k"] == 512)
+    few = {name: np.asarray(values)[one_shape] for name, values in columns.items()}
+    write_table(tmp_path / "a100_sxm_gemm_trtllm.parquet", few)
+    assert "nothing to fit in" in run("calibrate", "--tables", tmp_path, "--cv", code=2).stderr
+    shutil.copy(tables / "h100_sxm_gemm_trtllm.parquet", tmp_path)
+    result = run("calibrate", "--tables", tmp_path, "--cv", "--json")
+    assert (
+        "a100_sxm_gemm_trtllm.parquet: gemm in bfloat16 has one shape only: nothing could be held out" in result.stderr
+    )
+    assert {row["gpu"] for row in json.loads(result.stdout)["tables"]} == {"h100_sxm"}

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from measured import gemm_columns, write_table
 
-from cost_models.tables import choose_tables, find_tables, read_all, read_parts, source_of
+from cost_models.tables import choose_tables, find_tables, read_parts, source_of
 from traces.errors import InputError
 
 
@@ -17,7 +17,7 @@ def gemm(folder: Path, **changes: Any) -> Path:
 
 def refusal(folder: Path) -> str:
     with pytest.raises(InputError) as refused:
-        list(read_all(find_tables(folder)))
+        [read_parts(file) for file in find_tables(folder)]
     assert "\n" not in str(refused.value)
     return str(refused.value)
 
@@ -112,3 +112,14 @@ def test_tables_are_chosen_by_gpu_and_framework(tmp_path: Path) -> None:
 def test_where_a_table_is_from(tmp_path: Path) -> None:
     gemm(tmp_path / "mine")
     assert source_of(find_tables(tmp_path / "mine")[0]) == "mine"
+
+
+def test_a_column_that_early_tables_lack_is_what_held_for_all_of_them(tmp_path: Path) -> None:
+    rows = 4
+    columns: dict[str, Any] = dict.fromkeys(("kernel_source", "version"), ["x"] * rows)
+    columns |= dict.fromkeys(("attn_dtype", "kv_cache_dtype"), ["bfloat16"] * rows)
+    columns |= {"num_heads": [8, 8, 16, 16], "num_key_value_heads": [8] * rows, "head_dim": [128] * rows}
+    columns |= {"batch_size": [1, 2, 1, 2], "isl": [512] * rows, "step": [0] * rows, "latency": [0.03] * rows}
+    write_table(tmp_path / "h100_sxm_attention_context.parquet", columns)
+    part = read_parts(find_tables(tmp_path)[0])[0]
+    assert part.columns["window_size"].tolist() == [0] * rows
