@@ -65,7 +65,8 @@ def find_silicon(
 
 def _table(path: Path, gpu: str, framework: str, kind_file: str) -> TableFile:
     kind = _kind(kind_file, framework)
-    name = f"{gpu}_{kind_file.removesuffix('_perf.parquet')}_{framework}"
+    stem = kind_file.removesuffix("_perf.parquet")
+    name = f"{gpu}_{stem}" if stem == framework else f"{gpu}_{stem}_{framework}"
     return TableFile(name=name, path=path, kind=kind, device=DEVICES[gpu], framework=framework)
 
 
