@@ -71,13 +71,13 @@ class Trees:
         bias = np.array([self.bias], dtype=np.float64)
         parts: list[NDArray[Any]] = [shape, bias, sizes, *self.borders_F, self.unit_R]
         parts += [self.feature_RP, self.border_RP, self.leaves_RV]
-        return base64.b85encode(zlib.compress(b"".join(part.tobytes() for part in parts), 9)).decode("ascii")
+        return base64.b64encode(zlib.compress(b"".join(part.tobytes() for part in parts), 9)).decode("ascii")
 
     @classmethod
     def unpacked(cls, text: str) -> "Trees":
         """Read what `packed` wrote; `InputError` if it is not that."""
         try:
-            data = zlib.decompress(base64.b85decode(text))
+            data = zlib.decompress(base64.b64decode(text, validate=True))
             trees, depth, width = np.frombuffer(data, np.uint16, 3)
             bias = np.frombuffer(data, np.float64, 1, 6)
             sizes = np.frombuffer(data, np.uint16, width, 14)
