@@ -20,6 +20,7 @@ from cost_models.units import US
 from traces.progress import Progress, quiet
 
 R = TypeVar("R")
+Evaluation = tuple[HeldOutError, HeldOut, NDArray[np.int64]]
 
 _FEW_TOKENS = 8  # where simple models fail
 _SERIES = 3
@@ -27,11 +28,17 @@ _PAIRS = 60
 _THREADS = "OMP_NUM_THREADS"
 
 
-def evaluate_part(part: Part) -> list[tuple[HeldOutError, HeldOut, NDArray[np.int64]]]:
+def evaluate_part(part: Part) -> list[Evaluation]:
     """Hold out in each of the part's ways: errors, predictions and folds; the main way first."""
-    description = part.describe()
+    return _evaluate(part, part.describe(), _suspects(part))
+
+
+def _suspects(part: Part) -> NDArray[np.bool_]:
+    return part.kind.kernel.suspects(part.columns, part.seconds_N, op=part.op)
+
+
+def _evaluate(part: Part, description: Description, suspect_N: NDArray[np.bool_]) -> list[Evaluation]:
     kernel = part.kind.kernel
-    suspect_N = kernel.suspects(part.columns, part.seconds_N, op=part.op)
     found = []
     for holdout, fold_N in kernel.holdouts(part.columns, op=part.op).items():
         if len(np.unique(fold_N)) < 2:
@@ -52,13 +59,11 @@ def can_hold_out(part: Part) -> bool:
 
 def fit_part(part: Part) -> FittedKernel:
     """Fit all sound rows of a part; intervals and errors are those of its held-out rows."""
-    evaluated = evaluate_part(part)
+    description, suspect_N = part.describe(), _suspects(part)
+    evaluated = _evaluate(part, description, suspect_N)
     _, held_out, fold_N = evaluated[0]
-    kernel = part.kind.kernel
-    description = part.describe()
-    suspect_N = kernel.suspects(part.columns, part.seconds_N, op=part.op)
     sound_N = ~suspect_N
-    fit = fit_kernel(take(description, sound_N), part.seconds_N[sound_N], boosting=kernel.boosting)
+    fit = fit_kernel(take(description, sound_N), part.seconds_N[sound_N], boosting=part.kind.kernel.boosting)
     held_N = (fold_N >= 0) & sound_N
     spread = fit_spread(held_out.predicted_N[held_N], part.seconds_N[held_N], fold_N[held_N])
     return FittedKernel(
