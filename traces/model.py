@@ -11,6 +11,7 @@ from typing import Any, Literal
 from traces.errors import InputError
 
 ScoreKind = Literal["logits", "softmax", "sigmoid", "softmax_over_topk", "none"]
+AttentionKind = Literal["grouped", "latent", ""]
 
 # Hugging Face spells one quantity several ways; the first key that a config has wins.
 _HF_KEYS = {
@@ -21,6 +22,16 @@ _HF_KEYS = {
     "hidden": ("hidden_size",),
     "heads": ("num_attention_heads",),
     "vocab": ("vocab_size",),
+}
+
+# Multi-head latent attention of DeepSeek-V3's widths (arXiv 2412.19437, section 4.2), the only ones that were measured.
+_LATENT_WIDTHS = {
+    "hidden_size": 7168,
+    "q_lora_rank": 1536,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
 }
 
 # The plain format of weights of at least so many bytes an element, scales included.
@@ -35,6 +46,11 @@ class ModelSpec:
     element (0.5 for 4-bit weights). `weight_dtype` names the weights' format where their bytes do not tell it (8 bits
     may be scaled as a whole, `fp8`, or in blocks, `fp8_block`). `renormalise` says whether the gates of a token's
     chosen experts are scaled to sum to one. `kv_bytes_per_token` covers all layers.
+
+    What surrounds the MoE layers: `dense_layers` layers come first, with an MLP `dense_hidden` wide in place of
+    experts; every layer has attention of `heads` query and `kv_heads` key-value heads, `head_dim` wide, of
+    `attention_parameters` over all layers, and logits are `vocab` wide. `attention` is `grouped`, `latent` (of
+    DeepSeek-V3's widths) or empty: not known, or of a kind that nothing here can price.
     """
 
     name: str
@@ -52,6 +68,14 @@ class ModelSpec:
     weight_dtype: str | None = None
     activation_bytes: int = 2
     renormalise: bool = True
+    dense_layers: int = 0
+    dense_hidden: int = 0
+    attention: AttentionKind = ""
+    heads: int = 0
+    kv_heads: int = 0
+    head_dim: int = 0
+    attention_parameters: int = 0
+    vocab: int = 0
 
     def __post_init__(self) -> None:
         for field in ("layers", "experts", "top_k", "hidden", "expert_hidden"):
@@ -73,6 +97,16 @@ class ModelSpec:
         if self.weight_dtype is not None:
             return self.weight_dtype
         return next((name for bytes_, name in _DTYPE_OF_BYTES.items() if self.weight_bytes >= bytes_), "mxfp4")
+
+    @property
+    def other_dtype(self) -> str:
+        """The format of weights outside the experts: theirs, but bfloat16 beside 4-bit experts."""
+        return self.dtype if self.weight_bytes >= 1 else "bfloat16"
+
+    @property
+    def other_weight_bytes(self) -> float:
+        """Bytes an element of weights outside the experts."""
+        return self.weight_bytes if self.weight_bytes >= 1 else 2.0
 
     @property
     def expert_parameters(self) -> int:
@@ -120,7 +154,10 @@ class ModelSpec:
         dense_layers = int(config.get("first_k_dense_replace") or 0)
         layers = layers_all - dense_layers
         matrices = 3
+        kind: AttentionKind = "grouped"
+        head_width = kv_heads = 0
         if config.get("kv_lora_rank"):  # multi-head latent attention keeps one compressed vector a token
+            kind = "latent" if all(config.get(key) == width for key, width in _LATENT_WIDTHS.items()) else ""
             kv_width = int(config["kv_lora_rank"]) + int(config["qk_rope_head_dim"])
             q_rank = int(config.get("q_lora_rank") or hidden)
             qk_width = int(config["qk_nope_head_dim"]) + int(config["qk_rope_head_dim"])
@@ -153,5 +190,13 @@ class ModelSpec:
             other_parameters=layers_all * attention + embeddings + dense + routers,
             kv_bytes_per_token=2 * layers_all * kv_width,
             renormalise=bool(config.get("norm_topk_prob", True)),
+            dense_layers=dense_layers,
+            dense_hidden=int(config.get("intermediate_size") or 0) if dense_layers else 0,
+            attention=kind,
+            heads=heads,
+            kv_heads=kv_heads,
+            head_dim=head_width,
+            attention_parameters=layers_all * attention,
+            vocab=vocab,
             **found,
         )

@@ -25,6 +25,21 @@ _QWEN3 = {
     "norm_topk_prob": True,
 }
 
+_DEEPSEEK_V3 = {
+    "hidden_size": 7168,
+    "intermediate_size": 18432,
+    "moe_intermediate_size": 2048,
+    "num_hidden_layers": 61,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 8,
+    "q_lora_rank": 1536,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "norm_topk_prob": True,
+}
+
 # By preset: the numbers of the model's config.json that its shape depends on, and where they are from.
 _CONFIGS: dict[str, Mapping[str, Any]] = {
     # huggingface.co/openai/gpt-oss-20b
@@ -60,22 +75,38 @@ _CONFIGS: dict[str, Mapping[str, Any]] = {
     },
     # huggingface.co/deepseek-ai/DeepSeek-V3
     "deepseek-v3": {
-        "hidden_size": 7168,
-        "intermediate_size": 18432,
-        "moe_intermediate_size": 2048,
-        "num_hidden_layers": 61,
+        **_DEEPSEEK_V3,
         "first_k_dense_replace": 3,
         "n_routed_experts": 256,
-        "n_shared_experts": 1,
-        "num_experts_per_tok": 8,
+        "num_attention_heads": 128,
+        "vocab_size": 129280,
+    },
+    # huggingface.co/moonshotai/Kimi-K2-Instruct
+    "kimi-k2": {
+        **_DEEPSEEK_V3,
+        "first_k_dense_replace": 1,
+        "n_routed_experts": 384,
+        "num_attention_heads": 64,
+        "vocab_size": 163840,
+    },
+    # huggingface.co/deepseek-ai/DeepSeek-V2-Chat
+    "deepseek-v2": {
+        "hidden_size": 5120,
+        "intermediate_size": 12288,
+        "moe_intermediate_size": 1536,
+        "num_hidden_layers": 60,
+        "first_k_dense_replace": 1,
+        "n_routed_experts": 160,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": 6,
         "num_attention_heads": 128,
         "q_lora_rank": 1536,
         "kv_lora_rank": 512,
         "qk_nope_head_dim": 128,
         "qk_rope_head_dim": 64,
         "v_head_dim": 128,
-        "vocab_size": 129280,
-        "norm_topk_prob": True,
+        "vocab_size": 102400,
+        "norm_topk_prob": False,
     },
     # huggingface.co/allenai/OLMoE-1B-7B-0924
     "olmoe-1b-7b": {
@@ -111,6 +142,7 @@ _WEIGHTS: dict[str, dict[str, Any]] = {
     "gpt-oss-20b": {"weight_bytes": 4.25 / 8, "weight_dtype": "w4a16_mxfp4"},
     "gpt-oss-120b": {"weight_bytes": 4.25 / 8, "weight_dtype": "w4a16_mxfp4"},
     "deepseek-v3": {"weight_bytes": 1.0, "weight_dtype": "fp8_block"},
+    "kimi-k2": {"weight_bytes": 1.0, "weight_dtype": "fp8_block"},
 }
 
 PRESETS: dict[str, ModelSpec] = {

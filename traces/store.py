@@ -4,7 +4,7 @@ import hashlib
 import json
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_origin
 
 import numpy as np
 import pyarrow as pa
@@ -164,14 +164,20 @@ def _trace(table: pa.Table, metadata: dict[str, Any]) -> RoutingTrace:
 
 def _model(document: dict[str, Any]) -> ModelSpec:
     for field in fields(ModelSpec):
-        expected = (int, float) if field.type is float else field.type
         value = document.get(field.name, field.default)
-        if not isinstance(value, expected):  # type: ignore[arg-type]  # ModelSpec's fields are plain types
+        if not _is_of(value, field.type):
             raise InputError(f"unreadable trace metadata (model.{field.name} is {value!r}); {_AGAIN}")
     try:
         return ModelSpec(**document)
     except TypeError as error:
         raise InputError(f"unreadable trace metadata ({error}); {_AGAIN}") from error
+
+
+def _is_of(value: object, kind: Any) -> bool:
+    """Whether a value read from JSON is of a field's type."""
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    return isinstance(value, (int, float) if kind is float else kind)
 
 
 def _column(table: pa.Table, name: str, expected: pa.DataType) -> NDArray[Any]:

@@ -130,6 +130,8 @@ def test_other_parquet_files_are_refused(tmp_path):
         ({"score_kind": "softest"}, r"score_kind is 'softest'"),
         ({"model": {"name": "tiny"}}, r"unreadable trace metadata"),
         ({"model": {**tiny_model().to_json(), "layers": "2"}}, r"model.layers is '2'"),
+        ({"model": {**tiny_model().to_json(), "attention": "linear"}}, r"model.attention is 'linear'"),
+        ({"model": {**tiny_model().to_json(), "attention": []}}, r"model.attention is \[\]"),
         ({"model": {**tiny_model().to_json(), "colour": "red"}}, r"unreadable trace metadata .*colour"),
         ({"model": None}, r"unreadable trace metadata"),
         ({"model": {**tiny_model().to_json(), "experts": 3}}, r"expert id 3 in a model of 3 experts"),
@@ -144,6 +146,14 @@ def test_bad_metadata_is_named(written, metadata, message):
         read_trace(written)
     assert str(written) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_trace_from_before_attention_was_described_still_reads(written):
+    document = tiny_model().to_json()
+    for field in ("attention", "heads", "kv_heads", "head_dim", "attention_parameters", "vocab", "dense_layers"):
+        del document[field]
+    _change(written, metadata={"model": document})
+    assert read_trace(written).model == tiny_model()
 
 
 def test_metadata_that_is_no_json_is_refused(written):
