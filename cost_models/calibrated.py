@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cost_models.kernels.token_traffic import bytes_between_ranks
 from cost_models.ops import (
     AllToAll,
     Combine,
@@ -24,7 +25,6 @@ from cost_models.ops import (
     Route,
     TokenExchange,
     busiest_remote_bytes,
-    traffic,
 )
 from cost_models.profile import Curve, Profile
 from traces.errors import InputError
@@ -210,7 +210,7 @@ def _as_measured(operation: Operation) -> Operation:
     """The operation as the microbenchmarks time it: an exchange by its bytes, a dense MLP as an expert of its own."""
     match operation:
         case TokenExchange():
-            return AllToAll(bytes_XGG=traffic(operation))
+            return AllToAll(bytes_XGG=bytes_between_ranks(operation))
         case DenseMlp():
             return Experts(
                 rows_XS=np.asarray(operation.rows_X)[..., None],

@@ -41,7 +41,8 @@ class Device:
     `memory_bandwidth` bytes/s; `scale_up` and `scale_out` bytes/s to the other ranks of its node (NVLink)
     and to other nodes (its NIC), one direction; `ranks_per_node` in the scale-up domain; `sms` streaming
     multiprocessors and `l2_bytes` of second-level cache, from the vendor's architecture papers; `host_bandwidth`
-    bytes/s from the host's memory (PCIe, or NVLink-C2C shared by the two GPUs of a superchip).
+    bytes/s from the host's memory (PCIe, or NVLink-C2C shared by the two GPUs of a superchip). `kernels_of`: the GPU
+    of the same silicon whose measured kernels stand for this one's; empty: none. Only its links may differ.
     """
 
     name: str
@@ -54,6 +55,20 @@ class Device:
     sms: int
     l2_bytes: float
     host_bandwidth: float
+    kernels_of: str = ""
+
+    def runs_kernels_of(self, gpu: str) -> bool:
+        """Whether kernels that were measured on `gpu` hold here: on this GPU, or on the one of the same silicon.
+
+        >>> DEVICES["h800_sxm"].runs_kernels_of("h100_sxm"), DEVICES["h100_sxm"].runs_kernels_of("h800_sxm")
+        (True, False)
+        """
+        return gpu in (self.name, self.kernels_of)
+
+    @property
+    def measured_as(self) -> str:
+        """The GPU whose measured kernels hold here."""
+        return self.kernels_of or self.name
 
     def peak(self, weight_bytes: float) -> float:
         """FLOP/s for weights of `weight_bytes` an element; what has no peak of its own is unpacked to bf16 first.
@@ -65,7 +80,7 @@ class Device:
         return self.peak_flops.get(width, self.peak_flops[2])
 
 
-def _h100(name: str, *, memory_bytes: float, memory_bandwidth: float, scale_up: float) -> Device:
+def _h100(name: str, *, memory_bytes: float, memory_bandwidth: float, scale_up: float, kernels_of: str = "") -> Device:
     return Device(
         name=name,
         memory_bytes=memory_bytes,
@@ -77,6 +92,7 @@ def _h100(name: str, *, memory_bytes: float, memory_bandwidth: float, scale_up: 
         sms=132,
         l2_bytes=50e6,
         host_bandwidth=64 * GB,
+        kernels_of=kernels_of,
     )
 
 
@@ -97,7 +113,13 @@ DEVICES = {
         ),
         _h100("h100_sxm", memory_bytes=85.9 * GB, memory_bandwidth=3.35 * TB, scale_up=450 * GB),
         _h100("h200_sxm", memory_bytes=151 * GB, memory_bandwidth=4.8 * TB, scale_up=450 * GB),
-        _h100("h800_sxm", memory_bytes=85.9 * GB, memory_bandwidth=3.35 * TB, scale_up=200 * GB),
+        _h100(
+            "h800_sxm",
+            memory_bytes=85.9 * GB,
+            memory_bandwidth=3.35 * TB,
+            scale_up=200 * GB,
+            kernels_of="h100_sxm",
+        ),
         Device(
             name="b200_sxm",
             memory_bytes=193 * GB,

@@ -6,17 +6,20 @@ price, and the name says so.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Self
+from functools import cached_property, reduce
+from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cost_models.cluster import Cluster
-from cost_models.devices import Device
+from cost_models.devices import DEVICES, Device
 from cost_models.kernel_profile import FittedKernel, KernelProfile, shipped_profile
 from cost_models.kernels import TABLES, kind_named
 from cost_models.kernels.base import Kernel
+from cost_models.kernels.mla import DOWN, HIDDEN, QUERY_LATENT, ROPE, MlaKernel
+from cost_models.kernels.mla_projections import LATENT, NOPE, VALUE
+from cost_models.kernels.token_traffic import bytes_between_ranks, measured_load, row_bytes
 from cost_models.ops import (
     AllToAll,
     Array,
@@ -31,6 +34,7 @@ from cost_models.ops import (
     Launch,
     MemoryCopy,
     Mla,
+    MlaProjection,
     Operation,
     Permute,
     Prediction,
@@ -40,7 +44,10 @@ from cost_models.ops import (
     busiest_remote_bytes,
 )
 from cost_models.roofline import Roofline
+from cost_models.traffic import Traffic
 from traces.errors import InputError
+
+Floats = NDArray[np.float64]
 
 # What a framework's measured expert kernels and exchanges do beside their own work. TensorRT-LLM's expert timings
 # include top-k routing and finalize; all of them sort, gather and add rows, and exchange the counts.
@@ -50,6 +57,14 @@ _INCLUDED: dict[str, frozenset[type]] = {"trtllm": _FUSED | {Route}}
 # On the wire only the bytes count.
 _ALIASES = {"half": "bfloat16", "int8": "fp8"}
 
+# Dtypes that price another where a GPU has no table of it: Blackwell has none of products with weights scaled in
+# blocks, which have as many bytes and run on the same units as those scaled as a whole. Called extrapolated.
+_STANDS_IN: dict[tuple[type, str], str] = {(Gemm, "fp8_block"): "fp8"}
+
+# What kernels reach of NVLink's datasheet: NCCL's all-to-all of half a GB over eight H100s, 315 of 450 GB/s (measured).
+_LINK_REACH = 0.7
+_OVER_LINKS = (AllToAll, TokenExchange, Collective)
+
 # Products whose predicted times stand for what a GPU's kernels reach at least (launch) and at most (memory).
 _SHORTEST = Gemm(rows_X=np.array(1), columns_X=512, inner_X=512)
 _READING = Gemm(rows_X=np.array(1), columns_X=16384, inner_X=16384)
@@ -57,30 +72,57 @@ _READING = Gemm(rows_X=np.array(1), columns_X=16384, inner_X=16384)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Candidate:
+    """A fitted kernel; `device`: the GPU it was measured on, with the links of the one that it shall price.
+
+    `links`: how much of the measured GPU's NVLink and NIC those have.
+    """
+
     profile: KernelProfile
     fitted: FittedKernel
     kernel: Kernel
+    device: Device
+    links: tuple[float, float]
+
+    def predict(self, operation: Operation) -> tuple[Floats, Floats]:
+        """Seconds, and how far beyond what was measured, each of shape X."""
+        description = self.kernel.describe(_without_kind(operation, self.fitted.kind), self.device)
+        seconds_X, beyond_X = self.fitted.fit.predict(description)
+        if self.links[0] < 1:
+            # A link that was never the bottleneck has left no price. On a slower one it may be.
+            for terms in description.stages.values():
+                seconds_X = np.maximum(seconds_X, terms.get("up", np.zeros(())) / _LINK_REACH)
+        return seconds_X, beyond_X
 
 
 class KernelCosts:
-    """Prices operations by measured kernels of the cluster's GPU."""
+    """Prices operations by measured kernels of the cluster's GPU, or of the one with the same silicon.
+
+    Then the cluster's own links count, and what moves over other links than were measured is called extrapolated.
+    """
 
     def __init__(self, profiles: Sequence[KernelProfile], cluster: Cluster) -> None:
         if not profiles:
             raise InputError("no kernel profile given; name at least one")
         for profile in profiles:
-            if cluster.device is None or profile.gpu != cluster.device.name:
+            if cluster.device is None or not cluster.device.runs_kernels_of(profile.gpu):
                 raise InputError(
                     f"a profile of {profile.gpu} cannot price {cluster.name}; use a profile of its device, or another "
                     "cluster.device"
                 )
         assert cluster.device is not None
         self._device: Device = cluster.device
-        self._nodes = cluster.nodes
+        self._cluster = cluster
+        self._seen: dict[tuple[Any, ...], Prediction] = {}
         self._roofline = Roofline(cluster)
         self._profiles = tuple(profiles)
         self._candidates = [
-            _Candidate(profile=profile, fitted=fitted, kernel=kind_named(fitted.kind).kernel)
+            _Candidate(
+                profile=profile,
+                fitted=fitted,
+                kernel=kind_named(fitted.kind).kernel,
+                device=replace(cluster.device, name=profile.gpu),
+                links=_links_of(cluster.device, DEVICES.get(profile.gpu, cluster.device)),
+            )
             for profile in profiles
             for fitted in sorted(profile.kernels, key=lambda fitted: TABLES.index(kind_named(fitted.kind)))
         ]
@@ -88,13 +130,15 @@ class KernelCosts:
     @classmethod
     def shipped(cls, cluster: Cluster, *frameworks: str) -> Self:
         """By the profiles that come with moeroute, in order of preference; `InputError` names those there are."""
-        gpu = "cpu" if cluster.device is None else cluster.device.name
+        gpu = "cpu" if cluster.device is None else cluster.device.measured_as
         return cls([KernelProfile.read(shipped_profile(gpu, name)) for name in frameworks], cluster)
 
     @property
     def name(self) -> str:
         """For reports."""
-        return f"{self._device.name} kernels of " + ", then ".join(profile.framework for profile in self._profiles)
+        frameworks = ", then ".join(profile.framework for profile in self._profiles)
+        lent = sorted({profile.gpu for profile in self._profiles} - {self._device.name})
+        return f"{self._device.name} kernels of {frameworks}" + (f", measured on {', '.join(lent)}" if lent else "")
 
     @property
     def included(self) -> frozenset[type]:
@@ -110,21 +154,32 @@ class KernelCosts:
 
         Errors: `InputError` names what is known where no kernel was measured.
         """
+        key = _key(operation)
+        if key is None:
+            return self._predict(operation)
+        if key not in self._seen:
+            self._seen[key] = self._predict(operation)
+        return self._seen[key]
+
+    def _predict(self, operation: Operation) -> Prediction:
         match operation:
             case Gate(tokens_X=tokens_X, hidden=hidden, experts=experts):
                 return self.predict(Gemm(rows_X=tokens_X, columns_X=experts, inner_X=hidden))
             case DenseMlp(rows_X=rows_X, hidden=hidden, mlp_hidden=mlp_hidden, matrices=matrices, dtype=dtype):
                 up = Gemm(rows_X=rows_X, columns_X=(matrices - 1) * mlp_hidden, inner_X=hidden, dtype=dtype)
                 down = Gemm(rows_X=rows_X, columns_X=hidden, inner_X=mlp_hidden, dtype=dtype)
-                return _one_after_the_other(self.predict(up), self.predict(down))
+                return self.predict(up).then(self.predict(down))
             case (
                 Route() | Permute() | Regroup() | Combine() | MemoryCopy() | HostToDevice() | Launch() | CountExchange()
             ):
                 return self._by_reach(operation)
+            case Mla(part="block") if not self._serving(operation):
+                return self._latent_block(operation)
             case AllToAll(bytes_XGG=bytes_XGG):
                 return self._measured(self._collective(bytes_XGG))
-            case TokenExchange(bytes_XGG=bytes_XGG) if bytes_XGG is not None and not self._serving(operation):
-                return self._measured(self._collective(bytes_XGG))  # an engine without a kernel of its own for it
+            case TokenExchange(traffic=traffic) if traffic is not None and not self._serving(operation):
+                # An engine without a kernel of its own for it.
+                return self._measured(self._collective(bytes_between_ranks(operation)))
         return self._measured(operation)
 
     def kernel_for(self, operation: Operation) -> FittedKernel:
@@ -136,18 +191,59 @@ class KernelCosts:
 
     def _measured(self, operation: Operation) -> Prediction:
         chosen, seconds_X, beyond_X = self._choose(operation)
+        if isinstance(operation, TokenExchange) and operation.traffic is not None and not self._cluster.is_nominal:
+            seconds_X = self._over_links(operation, chosen, seconds_X)
         low_X, high_X = chosen.fitted.spread.around(seconds_X, beyond_X)
-        return Prediction(seconds_X=seconds_X, low_s_X=low_X, high_s_X=high_X, extrapolated_X=beyond_X > 0)
+        elsewhere = chosen.links != (1, 1) and isinstance(operation, _OVER_LINKS)
+        elsewhere |= _STANDS_IN.get((type(operation), _dtype_of(operation))) == chosen.fitted.dtype
+        measured = Prediction(
+            seconds_X=seconds_X, low_s_X=low_X, high_s_X=high_X, extrapolated_X=(beyond_X > 0) | elsewhere
+        )
+        if isinstance(operation, Mla) and isinstance(chosen.kernel, MlaKernel) and chosen.kernel.without_down:
+            return self.predict(_down_projection(operation)).then(measured)
+        return measured
 
-    def _choose(self, operation: Operation) -> tuple[_Candidate, NDArray[np.float64], NDArray[np.float64]]:
+    def _over_links(self, operation: TokenExchange, chosen: _Candidate, seconds_X: Floats) -> Floats:
+        """What the exchange takes over the cluster's own links: where they are slower, what moves bytes takes longer.
+
+        Tables were measured on nodes with a port for each rank and networks that block nothing.
+        """
+        assert operation.traffic is not None
+        row = row_bytes(operation.hidden, operation.dtype, operation.direction)
+        load = measured_load(operation, row)
+        ports_X = np.maximum(load.up / self._device.scale_up, load.out / self._device.scale_out)
+        links_X = self._cluster.port_load_s(bytes_between_ranks(operation))
+        empty = replace(operation, tokens_X=np.zeros_like(operation.tokens_X), traffic=operation.traffic.nothing())
+        fixed_X = np.minimum(chosen.predict(empty)[0], seconds_X)
+        slower_X = np.where(ports_X > 0, links_X / np.where(ports_X > 0, ports_X, 1), 1)
+        return np.asarray(fixed_X + (seconds_X - fixed_X) * slower_X)
+
+    def _latent_block(self, operation: Mla) -> Prediction:
+        """Of an engine without a table of the whole block: its kernel and the products around it, one after another."""
+        tokens_X = np.asarray(operation.batch_X) * operation.new_tokens_X
+        heads, dtype = operation.heads_X, operation.gemm_dtype
+        parts: list[Operation] = [
+            _down_projection(operation),
+            Gemm(rows_X=tokens_X, columns_X=heads * (NOPE + ROPE), inner_X=QUERY_LATENT, dtype=dtype),
+            replace(operation, part="kernel", gemm_dtype="bfloat16"),
+            Gemm(rows_X=tokens_X, columns_X=HIDDEN, inner_X=heads * VALUE, dtype=dtype),
+        ]
+        if operation.phase == "prefill":
+            keys_X = np.asarray(operation.batch_X) * (operation.new_tokens_X + np.asarray(operation.cached_tokens_X))
+            parts.append(Gemm(rows_X=keys_X, columns_X=heads * (NOPE + VALUE), inner_X=LATENT, dtype=dtype))
+        else:
+            steps: tuple[Literal["pre", "post"], ...] = ("pre", "post")
+            parts += [MlaProjection(rows_X=tokens_X, heads_X=heads, step=step) for step in steps]
+        return reduce(Prediction.then, map(self.predict, parts))
+
+    def _choose(self, operation: Operation) -> tuple[_Candidate, Floats, Floats]:
         """Of the first profile that serves the operation the kernel whose measurements lie nearest, and its answer."""
         candidates = self._candidates_for(operation)
         nearest = None
         for candidate in candidates:
             if candidate.profile is not candidates[0].profile:
                 break
-            description = candidate.kernel.describe(_without_kind(operation, candidate.fitted.kind), self._device)
-            seconds_X, beyond_X = candidate.fitted.fit.predict(description)
+            seconds_X, beyond_X = candidate.predict(operation)
             if nearest is None or beyond_X.mean() < nearest[2].mean():
                 nearest = candidate, seconds_X, beyond_X
         assert nearest is not None
@@ -167,6 +263,9 @@ class KernelCosts:
             )
         dtype = _dtype_of(operation)
         in_dtype = [c for c in serving if _ALIASES.get(c.fitted.dtype, c.fitted.dtype) == dtype]
+        if not in_dtype and (type(operation), dtype) in _STANDS_IN:
+            stand_in = _STANDS_IN[type(operation), dtype]
+            in_dtype = [c for c in serving if c.fitted.dtype == stand_in]
         if not in_dtype:
             known = sorted({c.fitted.dtype for c in serving})
             raise InputError(f"{self.name} have no {name} in dtype {dtype!r}; known are {', '.join(known)}")
@@ -179,7 +278,7 @@ class KernelCosts:
 
     def _collective(self, bytes_XGG: Array) -> Collective:
         """An uneven all-to-all as the even one whose ranks all move what its busiest one does."""
-        if self._nodes > 1:
+        if self._cluster.nodes > 1:
             raise InputError(f"{self.name} have no all-to-all between nodes; use one node, or the datasheet")
         ranks = np.shape(bytes_XGG)[-1]
         remote_X = busiest_remote_bytes(bytes_XGG)
@@ -204,6 +303,31 @@ class KernelCosts:
         )
 
 
+def _links_of(device: Device, measured: Device) -> tuple[float, float]:
+    return device.scale_up / measured.scale_up, device.scale_out / measured.scale_out
+
+
+def _down_projection(operation: Mla) -> Gemm:
+    """The product that gives a block's latents."""
+    tokens_X = np.asarray(operation.batch_X) * operation.new_tokens_X
+    return Gemm(rows_X=tokens_X, columns_X=DOWN, inner_X=HIDDEN, dtype=operation.gemm_dtype)
+
+
+def _key(operation: Operation) -> tuple[Any, ...] | None:
+    """What tells an operation of a single size from others; None for arrays of several, which seldom come twice."""
+    values: list[Any] = [type(operation)]
+    for name in operation.__dataclass_fields__:
+        value = getattr(operation, name)
+        if isinstance(value, np.ndarray):
+            if value.size > 1:
+                return None
+            value = (value.shape, *value.ravel().tolist())
+        elif isinstance(value, Traffic):
+            return None
+        values.append(value)
+    return tuple(values)
+
+
 def _dtype_of(operation: Operation) -> str:
     """The dtype by which fits of such operations are told apart."""
     dtype = operation.gemm_dtype if isinstance(operation, Mla) else getattr(operation, "dtype", "bfloat16")
@@ -215,16 +339,3 @@ def _without_kind(operation: Operation, kind: str) -> Operation:
     if isinstance(operation, Experts | TokenExchange | Collective) and operation.kernel == kind:
         return replace(operation, kernel="")
     return operation
-
-
-def _one_after_the_other(first: Prediction, second: Prediction) -> Prediction:
-    assert first.low_s_X is not None
-    assert first.high_s_X is not None
-    assert second.low_s_X is not None
-    assert second.high_s_X is not None
-    return Prediction(
-        seconds_X=first.seconds_X + second.seconds_X,
-        low_s_X=first.low_s_X + second.low_s_X,
-        high_s_X=first.high_s_X + second.high_s_X,
-        extrapolated_X=first.extrapolated_X | second.extrapolated_X,
-    )

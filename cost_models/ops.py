@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from traces.errors import InputError
+from cost_models.traffic import Traffic
 
 Array = NDArray[Any]
 
@@ -127,9 +127,9 @@ class TokenExchange:
     """Dispatch of tokens to the ranks of their experts, or the combine on their way back. One time for all ranks.
 
     `tokens_X` tokens of each rank, each sent to `top_k` of `experts` experts chosen evenly over `ranks_X` ranks on
-    `nodes_X` nodes; where the real traffic is known, `bytes_XGG` says it and its busiest rank counts instead.
+    `nodes_X` nodes; where the real `traffic` is known, its busiest rank counts instead.
     `mode`: `normal` sends a token once to each destination rank (once to each node, then inside it), `low_latency` once
-    for each expert. `dtype` of the payload. `sms_X`: multiprocessors that the kernel may use; 0: its own choice.
+    for each expert. `dtype` of what is dispatched. `sms_X`: multiprocessors that the kernel may use; 0: its own choice.
     """
 
     tokens_X: Array
@@ -142,7 +142,7 @@ class TokenExchange:
     mode: Literal["normal", "low_latency"]
     dtype: str = "bfloat16"
     sms_X: Array | int = 0
-    bytes_XGG: Array | None = None
+    traffic: Traffic | None = None
     kernel: str = ""
 
 
@@ -257,15 +257,6 @@ Operation = (
 )
 
 
-def traffic(operation: AllToAll | TokenExchange) -> Array:
-    """Bytes from source to destination rank, [..., G, G]; `InputError` where an exchange does not say."""
-    if operation.bytes_XGG is None:
-        raise InputError(
-            "this cost model prices an exchange by its traffic; give bytes_XGG, source by destination rank"
-        )
-    return operation.bytes_XGG
-
-
 def busiest_remote_bytes(bytes_XGG: Array, *, full_duplex: bool = True) -> NDArray[np.float64]:
     """What the busiest rank exchanges with the others, shape X.
 
@@ -293,11 +284,24 @@ class Prediction:
     high_s_X: NDArray[np.float64] | None
     extrapolated_X: NDArray[np.bool_]
 
+    def then(self, other: "Prediction") -> "Prediction":
+        """Of both, one after the other; with an interval where both have one."""
+        return Prediction(
+            seconds_X=self.seconds_X + other.seconds_X,
+            low_s_X=_sum_of(self.low_s_X, other.low_s_X),
+            high_s_X=_sum_of(self.high_s_X, other.high_s_X),
+            extrapolated_X=self.extrapolated_X | other.extrapolated_X,
+        )
+
     @classmethod
     def unmeasured(cls, seconds_X: NDArray[np.float64]) -> "Prediction":
         """Of a model that stands on no measurements: no intervals, and nothing to lie beyond."""
         nowhere_X = np.zeros(np.shape(seconds_X), dtype=bool)
         return cls(seconds_X=seconds_X, low_s_X=None, high_s_X=None, extrapolated_X=nowhere_X)
+
+
+def _sum_of(one_X: NDArray[np.float64] | None, other_X: NDArray[np.float64] | None) -> NDArray[np.float64] | None:
+    return None if one_X is None or other_X is None else one_X + other_X
 
 
 class CostModel(Protocol):

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from cost_models.cluster import Cluster
 from cost_models.kernels import kernel_of
+from cost_models.kernels.token_traffic import bytes_between_ranks
 from cost_models.ops import (
     AllToAll,
     Attention,
@@ -29,7 +30,6 @@ from cost_models.ops import (
     Regroup,
     Route,
     TokenExchange,
-    traffic,
 )
 from traces.errors import InputError
 
@@ -63,7 +63,7 @@ class Roofline:
         """Seconds for each operation: shape X."""
         match operation:
             case AllToAll() | TokenExchange():
-                bytes_XGG = np.asarray(traffic(operation), dtype=np.float64)
+                bytes_XGG = np.asarray(bytes_between_ranks(operation), dtype=np.float64)
                 flat = bytes_XGG.reshape(-1, *bytes_XGG.shape[-2:])
                 return np.array([self._cluster.all_to_all_s(b_GG) for b_GG in flat]).reshape(bytes_XGG.shape[:-2])
             case HostToDevice(bytes_X=bytes_X):

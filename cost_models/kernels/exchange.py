@@ -16,10 +16,11 @@ from cost_models.description import Description
 from cost_models.devices import Device
 from cost_models.kernels.base import Columns, TableKind, Timing, hashed_folds, leave_one_out, outlasts_larger
 from cost_models.kernels.token_traffic import (
+    Chance,
     Floats,
     balanced_chance,
     chance_in_models,
-    chance_of_a_copy,
+    chance_in_tests,
     even_chance,
     expected_load,
     measured_load,
@@ -71,28 +72,27 @@ class ExchangeKernel:
 
     `sources`: the kernels of a table by the names that it gives them, each in its mode; the first of a mode is taken
     where an operation names none. `together`: the columns that make a shape, all of whose rows are held out at once.
-    `routing`: how the tokens of the tables chose, as the chance that a rank gets a copy of a token, from hidden width,
-    experts, top k and ranks. `waits_for`: what a call takes longer for, local experts (DeepEP counts rows for each),
-    ranks that get copies, or nothing that the table's shapes can tell. `learns_from`: what the residual may depend on.
-    Operations that name no traffic choose evenly.
+    `routing`: how the tokens of the tables chose, as the chances that a rank and a node get a copy of a token, from
+    hidden width, experts, top k, ranks and nodes. `waits_for`: what a call takes longer for, local experts (DeepEP
+    counts rows for each), ranks that get copies, or nothing that the table's shapes can tell. `learns_from`: what the
+    residual may depend on. Operations that name no traffic choose evenly.
     """
 
     layout: Layout
     sources: Mapping[str, Mode]
     together: tuple[str, ...]
-    routing: Callable[[Array, Array, Array, Array], Floats] = even_chance
+    routing: Callable[[Array, Array, Array, Array, Array], Chance] = even_chance
     waits_for: Literal["experts", "peers", "nothing"] = "experts"
     learns_from: tuple[str, ...] = _FEATURES
     boosting: Boosting = _FEW_SHAPES
 
     def describe_table(self, columns: Columns, *, op: str, dtype: str, device: Device) -> Description:
         """The rows of a table, each as its kernel would be described."""
-        layout, size = self.layout, len(columns[self.layout.tokens])
+        layout = self.layout
         source_N = self._sources_of(columns, op)
-        nodes_N = columns[layout.nodes] if layout.nodes else np.ones(size)
-        ranks_N = columns[layout.ranks] if layout.ranks else nodes_N * _TRAY_RANKS.get(device.name, 8)
-        sms_N = columns[layout.sms.format(op=op)] if layout.sms else np.zeros(size)
-        rank_chance_N = self.routing(columns[layout.hidden], columns[layout.experts], columns[layout.top_k], ranks_N)
+        ranks_N, nodes_N = self._places_of(columns, device)
+        sms_N = columns[layout.sms.format(op=op)] if layout.sms else np.zeros(len(source_N))
+        chance_N = self._chance_of(columns, ranks_N, nodes_N)
         parts = []
         for source, mode in self.sources.items():
             operation = TokenExchange(
@@ -108,7 +108,7 @@ class ExchangeKernel:
                 sms_X=sms_N,
                 kernel=source,
             )
-            parts.append((source_N == source, self._describe(operation, device, rank_chance_N)))
+            parts.append((source_N == source, self._describe(operation, device, chance_N)))
         first = parts[0][1]
         return Description(
             bound_s=np.select([rows for rows, _ in parts], [part.bound_s for _, part in parts]),
@@ -134,26 +134,25 @@ class ExchangeKernel:
 
     def describe(self, operation: TokenExchange, device: Device) -> Description:
         """What physics and the learner see: real traffic looks like an even exchange of so many more tokens."""
-        return self._describe(
-            operation, device, chance_of_a_copy(operation.experts, operation.top_k, operation.ranks_X)
-        )
+        _, top_k, experts, ranks, nodes = sizes_of(operation)
+        return self._describe(operation, device, even_chance(operation.hidden, experts, top_k, ranks, nodes))
 
-    def _describe(self, operation: TokenExchange, device: Device, rank_chance: Floats) -> Description:
+    def _describe(self, operation: TokenExchange, device: Device, chance: Chance) -> Description:
         source = operation.kernel
         if source not in self.sources:
             source = next(name for name, mode in self.sources.items() if mode == operation.mode)
         low_precision = source.endswith("LowPrecision")
         row = row_bytes(operation.hidden, "fp4" if low_precision else operation.dtype, operation.direction)
-        load = expected_load(operation, row, rank_chance)
+        load = expected_load(operation, row, chance)
         tokens, top_k, experts, ranks, nodes = sizes_of(operation)
-        if operation.bytes_XGG is not None:
-            even, load = load, measured_load(operation)
+        if operation.traffic is not None:
+            even, load = load, measured_load(operation, row)
             tokens = tokens * load.rows / np.maximum(even.rows, 1e-300)
         if operation.mode == "normal":
             sms = np.asarray(operation.sms_X, dtype=np.float64)
             sms = np.where(sms > 0, sms, _OWN_SMS)
             channels = np.maximum(sms // 2, 1)  # one multiprocessor sends, one receives
-            copies = ranks * rank_chance
+            copies = ranks * chance.rank
         else:
             # As many as there are experts, or an equal share of the experts for each (DeepEP's `num_warp_groups`).
             sms = channels = np.ceil(experts / np.ceil(experts / device.sms))
@@ -205,18 +204,27 @@ class ExchangeKernel:
         same = [columns[name] for name in (layout.hidden, layout.top_k, layout.experts, layout.ranks) if name]
         same.append(columns[layout.sms.format(op=op)] if layout.sms else np.zeros(len(seconds_N)))
         same.append(self._sources_of(columns, op))
-        nodes_N = columns[layout.nodes] if layout.nodes else np.ones(len(seconds_N), dtype=np.int64)
+        ranks_N, nodes_N = self._places_of(columns)
+        copies_N = (nodes_N - 1) * self._chance_of(columns, ranks_N, nodes_N).node
         tokens_N = columns[layout.tokens]
         return outlasts_larger(tokens_N, seconds_N, [*same, nodes_N]) | outlasts_bytes(
-            nodes_N,
-            seconds_N,
-            (nodes_N - 1) * chance_of_a_copy(columns[layout.experts], columns[layout.top_k], nodes_N),
-            [*same, tokens_N],
+            nodes_N, seconds_N, copies_N, [*same, tokens_N]
         )
 
     def tokens(self, columns: Columns) -> NDArray[np.int64] | None:
         """Tokens of a rank."""
         return columns[self.layout.tokens]
+
+    def _places_of(self, columns: Columns, device: Device | None = None) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Ranks and nodes of every row; eight ranks a node where neither the table nor the device says otherwise."""
+        layout, size = self.layout, len(columns[self.layout.tokens])
+        nodes_N = columns[layout.nodes] if layout.nodes else np.ones(size, dtype=np.int64)
+        tray = 8 if device is None else _TRAY_RANKS.get(device.name, 8)
+        return columns[layout.ranks] if layout.ranks else nodes_N * tray, nodes_N
+
+    def _chance_of(self, columns: Columns, ranks_N: NDArray[Any], nodes_N: NDArray[Any]) -> Chance:
+        layout = self.layout
+        return self.routing(columns[layout.hidden], columns[layout.experts], columns[layout.top_k], ranks_N, nodes_N)
 
     def _sources_of(self, columns: Columns, op: str) -> NDArray[np.str_]:
         if not self.layout.source:
@@ -231,7 +239,7 @@ def outlasts_bytes(
 ) -> NDArray[np.bool_]:
     """The rows that took over 1.25 times longer than on half the nodes than the `copies_N` to other nodes grew by.
 
-    So DeepEP's normal mode on 8 nodes of H100s: up to 3.6 times slower than on 4, for 1.7 times the bytes.
+    So DeepEP's normal mode on 8 nodes of H100s: up to 3.6 times slower than on 4, for 1.3 times the bytes.
 
     >>> outlasts_bytes(np.array([2, 4, 8]), np.array([10.0, 30.0, 80.0]), np.array([1.0, 2.7, 4.6]), []).tolist()
     [False, False, True]
@@ -260,11 +268,12 @@ def _deepep(where: str, mode: Mode) -> TableKind:
     column = "{op}_transmit_us" if mode == "normal" else "{op}_avg_t_us"
     layout = _DEEPEP if mode == "normal" else _DEEPEP_LL
     boosting = _MANY_ROWS if mode == "normal" or where == "multinode" else _FEW_SHAPES
+    routing = chance_in_tests if mode == "normal" and where == "multinode" else even_chance
     together = _SHAPE if where == "1node" else ("node_num", "num_token")
     return TableKind(
         name=f"deepep_{short}_{where}",
         framework="sglang",
-        kernel=ExchangeKernel(layout=layout, sources={"": mode}, together=together, boosting=boosting),
+        kernel=ExchangeKernel(layout=layout, sources={"": mode}, together=together, routing=routing, boosting=boosting),
         keys=("node_num", "hidden_size", "num_token", "num_topk", "num_experts")
         + (("dispatch_sms", "combine_sms") if mode == "normal" else ()),
         timings={

@@ -4,6 +4,7 @@ X is any shape of operations, G ranks, N nodes, L ranks of a node.
 """
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import numpy as np
@@ -11,10 +12,14 @@ from numpy.typing import NDArray
 from scipy.special import comb, gammaln
 
 from cost_models.devices import FP4_WITH_SCALES_BYTES
-from cost_models.ops import Array, TokenExchange
+from cost_models.ops import AllToAll, Array, TokenExchange
+from cost_models.traffic import Traffic
+from traces.errors import InputError
 
 Floats = NDArray[np.float64]
 Direction = Literal["dispatch", "combine"]
+
+_KEPT_NODES = 4  # that a token goes to in DeepEP's test between nodes
 
 
 def row_bytes(hidden: Array | int, dtype: str, direction: Direction) -> Floats:
@@ -26,11 +31,10 @@ def row_bytes(hidden: Array | int, dtype: str, direction: Direction) -> Floats:
     >>> row_bytes(7168, "fp8", "dispatch").item(), row_bytes(7168, "fp8", "combine").item()
     (7392.0, 14336.0)
     """
-    if direction == "combine":
-        element = FP4_WITH_SCALES_BYTES if dtype == "fp4" else 2.0
-    else:
-        element = {"fp8": 1 + 4 / 128, "nvfp4": FP4_WITH_SCALES_BYTES, "fp4": FP4_WITH_SCALES_BYTES}.get(dtype, 2.0)
-    return np.asarray(hidden, dtype=np.float64) * element
+    element = {"float32": 4.0, "fp4": FP4_WITH_SCALES_BYTES}
+    if direction == "dispatch":
+        element |= {"fp8": 1 + 4 / 128, "nvfp4": FP4_WITH_SCALES_BYTES}
+    return np.asarray(hidden, dtype=np.float64) * element.get(dtype, 2.0)
 
 
 def chance_of_a_copy(experts: Array | int, top_k: Array | int, groups: Array | float) -> Floats:
@@ -49,29 +53,85 @@ def chance_of_a_copy(experts: Array | int, top_k: Array | int, groups: Array | f
     return np.asarray(np.where(possible, -np.expm1(np.minimum(log_missed, 0)), 1.0))
 
 
-def even_chance(hidden: Array, experts: Array, top_k: Array, ranks: Array) -> Floats:
-    """Chance of a copy for a rank where a table's tokens choose evenly."""
-    return chance_of_a_copy(experts, top_k, ranks)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chance:
+    """Chance that a rank, and a node, gets a copy of a token, shape X."""
+
+    rank: Floats
+    node: Floats
 
 
-def chance_in_models(hidden: Array, experts: Array, top_k: Array, ranks: Array) -> Floats:
-    """The same in tables that were measured with the routers of models: DeepSeek-V3's takes 4 of 8 groups of experts.
+def even_chance(hidden: Array | int, experts: Array | int, top_k: Array | int, ranks: Array, nodes: Array) -> Chance:
+    """Where tokens choose evenly."""
+    return Chance(rank=chance_of_a_copy(experts, top_k, ranks), node=chance_of_a_copy(experts, top_k, nodes))
 
-    Its 8 of 256 experts lie in 4 groups, of which a rank holds 8 / ranks.
+
+def chance_in_tests(hidden: Array, experts: Array, top_k: Array, ranks: Array, nodes: Array) -> Chance:
+    """The same in DeepEP's test between nodes: a token keeps to the four nodes of the experts with the best scores.
+
+    From `tests/test_internode.py` of DeepEP and its copy that made the tables (NVIDIA AIConfigurator,
+    collector/deep_collector/test_internode.py): its groups are the nodes, of which `min(nodes, 4)` are kept. On 8 nodes
+    a token so goes to 3.98 of them, not to 5.30. The tests inside a node and of the low-latency mode have no groups.
     """
-    chance = chance_of_a_copy(experts, top_k, ranks)
+    chance = even_chance(hidden, experts, top_k, ranks, nodes)
+    rank, node = (np.array(np.broadcast_to(values, np.shape(ranks))) for values in (chance.rank, chance.node))
+    for i in np.flatnonzero(np.asarray(nodes) > _KEPT_NODES):
+        node_copies, rank_copies = copies_of_a_token(
+            int(experts[i]), int(top_k[i]), int(ranks[i]), int(nodes[i]), _KEPT_NODES
+        )
+        rank[i], node[i] = rank_copies / ranks[i], node_copies / nodes[i]
+    return Chance(rank=rank, node=node)
+
+
+@cache
+def copies_of_a_token(experts: int, top_k: int, ranks: int, nodes: int, kept_nodes: int) -> tuple[float, float]:
+    """Nodes and ranks that a token goes to in DeepEP's test between nodes, on average over 20,000 drawn tokens.
+
+    Scores are |N(0, 1)|. A node's is that of its best expert; a token keeps the `kept_nodes` best nodes, if there are
+    more, and there its `top_k` best experts.
+    """
+    score_TE = np.abs(np.random.default_rng(0).standard_normal((20_000, experts)))
+    if nodes > kept_nodes:
+        score_TNE = score_TE.reshape(len(score_TE), nodes, -1)
+        best_TN = score_TNE.max(axis=2)
+        last_kept_T = np.sort(best_TN, axis=1)[:, -kept_nodes]
+        score_TE = np.where((best_TN >= last_kept_T[:, None])[:, :, None], score_TNE, 0).reshape(score_TE.shape)
+    ids_TK = np.argpartition(-score_TE, top_k, axis=1)[:, :top_k]
+
+    def groups_of_a_token(groups: int) -> float:
+        sorted_TK = np.sort(ids_TK // (experts // groups), axis=1)
+        return float(1 + (np.diff(sorted_TK, axis=1) > 0).sum(axis=1).mean())
+
+    return groups_of_a_token(nodes), groups_of_a_token(ranks)
+
+
+def chance_in_models(hidden: Array, experts: Array, top_k: Array, ranks: Array, nodes: Array) -> Chance:
+    """The same in tables measured with the routers of models: DeepSeek-V3's takes 4 of 8 groups of experts."""
+    chance = even_chance(hidden, experts, top_k, ranks, nodes)
+    grouped = (hidden == 7168) & (experts == 256) & (top_k == 8)
+    return Chance(
+        rank=np.where(grouped & (ranks <= 8), _chance_of_four_in_eight(top_k, ranks), chance.rank),
+        node=np.where(grouped & (nodes <= 8), _chance_of_four_in_eight(top_k, nodes), chance.node),
+    )
+
+
+def _chance_of_four_in_eight(top_k: Array, places: Array) -> Floats:
+    """Chance that one of `places` gets a copy where a token's experts, of 256, lie in 4 of 8 groups."""
     groups, kept = 8, 4
-    held = groups / np.asarray(ranks, dtype=np.float64)
-    grouped = np.zeros_like(chance)
-    for mine in range(1, kept + 1):  # of the kept groups lie on the rank, of all in `held`
+    held = groups / np.asarray(places, dtype=np.float64)
+    chance = np.zeros(np.shape(held))
+    for mine in range(1, kept + 1):  # of the kept groups lie there, of all in `held`
         likely = comb(held, mine) * comb(groups - held, kept - mine) / comb(groups, kept)
-        grouped += likely * chance_of_a_copy(128, top_k, kept / mine)
-    return np.where((hidden == 7168) & (experts == 256) & (top_k == 8) & (held >= 1), grouped, chance)
+        chance = chance + likely * chance_of_a_copy(128, top_k, kept / mine)
+    return chance
 
 
-def balanced_chance(hidden: Array, experts: Array, top_k: Array, ranks: Array) -> Floats:
-    """The same where each token's experts lie on as many ranks as there can be."""
-    return np.asarray(np.minimum(top_k / np.asarray(ranks, dtype=np.float64), 1.0))
+def balanced_chance(hidden: Array, experts: Array, top_k: Array, ranks: Array, nodes: Array) -> Chance:
+    """The same where each token's experts lie on as many ranks, and nodes, as there can be."""
+    rank, node = (
+        np.asarray(np.minimum(top_k / np.asarray(places, dtype=np.float64), 1.0)) for places in (ranks, nodes)
+    )
+    return Chance(rank=rank, node=node)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,65 +146,50 @@ class Load:
     out: Floats
 
 
-def expected_load(operation: TokenExchange, row: Floats, rank_chance: Floats) -> Load:
-    """The load of rows of `row` bytes where each rank has the same chance of a copy of a token.
+def expected_load(operation: TokenExchange, row: Floats, chance: Chance) -> Load:
+    """The load of rows of `row` bytes where all ranks, and all nodes, have the same chance of a copy of a token.
 
     Normal mode: a copy to each node with chosen experts, passed on inside it to each rank with chosen experts.
     Low latency: a copy for each chosen expert, straight to its rank.
     """
-    tokens, top_k, experts, ranks, nodes = sizes_of(operation)
+    tokens, top_k, _, ranks, nodes = sizes_of(operation)
     peers = ranks / nodes - 1
     if operation.mode == "low_latency":
         rows = tokens * top_k * row
         return Load(rows=rows, up=rows * peers / ranks, out=rows * (1 - 1 / nodes))
-    rows = tokens * ranks * rank_chance * row
-    return Load(
-        rows=rows,
-        up=rows * peers / (peers + 1),
-        out=tokens * (nodes - 1) * chance_of_a_copy(experts, top_k, nodes) * row,
-    )
+    rows = tokens * ranks * chance.rank * row
+    return Load(rows=rows, up=rows * peers / (peers + 1), out=tokens * (nodes - 1) * chance.node * row)
 
 
-def measured_load(operation: TokenExchange) -> Load:
-    """The load of the real traffic in `bytes_XGG`, of which the larger of what a rank sends and receives counts.
+def measured_load(operation: TokenExchange, row: Floats) -> Load:
+    """The load of the real traffic in rows of `row` bytes: the larger of what the busiest rank sends and receives.
 
-    Ranks of a node are neighbours in G. In normal mode what goes to another node takes the NIC once for all its
-    ranks, as often as even choice would have them share a copy; the rank of the same number over there passes it on.
+    The way back loads the same links with the same rows in the other direction.
     """
-    assert operation.bytes_XGG is not None
-    bytes_XGG = np.asarray(operation.bytes_XGG, dtype=np.float64)
-    if operation.direction == "combine":  # the way back
-        bytes_XGG = np.swapaxes(bytes_XGG, -1, -2)
-    ranks = bytes_XGG.shape[-1]
-    nodes = int(np.max(operation.nodes_X))
-    local = ranks // nodes
-    bytes_XNLNL = bytes_XGG.reshape(*bytes_XGG.shape[:-2], nodes, local, nodes, local)
+    rows = _known(operation).rows
+    return Load(rows=rows.computed * row, up=rows.up * row, out=rows.out * row)
 
-    def busiest(sent_XNL: Floats, received_XNL: Floats) -> Floats:
-        return np.asarray(np.maximum(sent_XNL, received_XNL).max(axis=(-1, -2)))
 
-    sent_XNL, received_XNL = bytes_XNLNL.sum(axis=(-1, -2)), bytes_XNLNL.sum(axis=(-4, -3))
-    same_node_XLLN = np.einsum("...nlnm->...lmn", bytes_XNLNL)
-    to_node_XNLN = bytes_XNLNL.sum(axis=-1)
-    own_node_XNL = np.einsum("...nln->...nl", to_node_XNLN)
-    if operation.mode == "low_latency":
-        own_rank_XNL = np.einsum("...lln->...nl", same_node_XLLN)
-        from_own_node_XNL = np.moveaxis(same_node_XLLN.sum(axis=-3), -1, -2)
-        return Load(
-            rows=busiest(received_XNL, received_XNL),
-            up=busiest(own_node_XNL - own_rank_XNL, from_own_node_XNL - own_rank_XNL),
-            out=busiest(sent_XNL - own_node_XNL, received_XNL - from_own_node_XNL),
-        )
-    _, top_k, experts, _, _ = sizes_of(operation)
-    shared = chance_of_a_copy(experts, top_k, nodes) / (local * chance_of_a_copy(experts, top_k, ranks))
-    through_XNL = np.swapaxes(to_node_XNLN.sum(axis=-3), -1, -2)  # what the rank of this number in a node takes in
-    same_number_XNL = np.einsum("...klnl->...nl", bytes_XNLNL)
-    from_afar_XNL = through_XNL - own_node_XNL
-    return Load(
-        rows=busiest(received_XNL, received_XNL),
-        up=busiest(through_XNL - same_number_XNL, received_XNL - same_number_XNL),
-        out=busiest(sent_XNL - own_node_XNL, from_afar_XNL) * shared,
-    )
+def bytes_by_tier(operation: TokenExchange) -> dict[str, Floats]:
+    """Bytes that cross links inside nodes (`scale_up`) and between them (`scale_out`), shape X, over all ranks."""
+    rows = _known(operation).rows
+    row = row_bytes(operation.hidden, operation.dtype, operation.direction)
+    return {"scale_up": rows.all_up * row, "scale_out": rows.all_out * row}
+
+
+def bytes_between_ranks(operation: AllToAll | TokenExchange) -> Array:
+    """Bytes from source to destination rank of every leg, [..., G, G]; `InputError` where an exchange does not say."""
+    if isinstance(operation, AllToAll):
+        return operation.bytes_XGG
+    row = row_bytes(operation.hidden, operation.dtype, operation.direction)
+    bytes_XGG = _known(operation).legs_XGG() * row[..., None, None]
+    return bytes_XGG if operation.direction == "dispatch" else np.swapaxes(bytes_XGG, -1, -2)
+
+
+def _known(operation: TokenExchange) -> Traffic:
+    if operation.traffic is None:
+        raise InputError("this cost model prices an exchange by its traffic; give it")
+    return operation.traffic
 
 
 def sizes_of(operation: TokenExchange) -> tuple[Floats, ...]:

@@ -34,6 +34,7 @@ from cost_models.ops import (
 )
 from cost_models.profile import Curve, LinearFit, Profile
 from cost_models.roofline import Roofline
+from cost_models.traffic import Traffic
 from traces.errors import InputError
 
 RANKS = 2
@@ -68,7 +69,7 @@ OPERATIONS: dict[str, Callable[[Any], Operation]] = {
         nodes_X=np.array(1),
         direction="dispatch",
         mode="normal",
-        bytes_XGG=size_X[..., None, None] * np.array([[128, 64], [64, 128]]),
+        traffic=Traffic.of(size_X[..., None, None] * np.array([[2, 1], [1, 2]])),
     ),
     "Collective": lambda size_X: Collective(kind="all_reduce", bytes_X=1000 * size_X, ranks_X=np.array(RANKS)),
     "Gemm": lambda size_X: Gemm(rows_X=size_X, columns_X=1024, inner_X=1024),

@@ -27,6 +27,7 @@ from cost_models.ops import (
 )
 from cost_models.roofline import Roofline
 from cost_models.tables import find_tables, read_parts
+from cost_models.traffic import Traffic
 from traces.errors import InputError
 
 H100S = gpu_cluster(DEVICES["h100_sxm"], 8)
@@ -147,19 +148,19 @@ def test_gates_and_shared_experts_are_products() -> None:
 
 
 def test_traffic_that_is_uneven_takes_longer() -> None:
-    even_GG = np.full((8, 8), 128 * 7392.0)  # 8 experts a token, one of them on each rank
+    even_GG = np.full((8, 8), 128)  # 8 experts a token, one of them on each rank
     skewed_GG = even_GG.copy()
     skewed_GG[:, 0] *= 4
-    even, skewed = (SGLANG.seconds(exchange(bytes_XGG=b[None])) for b in (even_GG, skewed_GG))
+    even, skewed = (SGLANG.seconds(exchange(traffic=Traffic.of(rows_GG[None]))) for rows_GG in (even_GG, skewed_GG))
     assert skewed[0] > 2 * even[0]
-    # Even traffic given as bytes is the same exchange as without.
+    # Even traffic given as rows is the same exchange as without.
     np.testing.assert_allclose(even, SGLANG.seconds(exchange()), rtol=0.02)
 
 
 def test_an_engine_without_an_exchange_uses_the_collective_library() -> None:
     a100 = KernelCosts.shipped(gpu_cluster(DEVICES["a100_sxm"], 8), "trtllm", "nccl")
     bytes_XGG = np.full((1, 8, 8), 1e6)
-    as_exchange = a100.seconds(exchange(dtype="bfloat16", bytes_XGG=bytes_XGG))
+    as_exchange = a100.seconds(exchange(dtype="bfloat16", hidden=5000, traffic=Traffic.of(np.full((1, 8, 8), 100))))
     # 7 MB leave each rank, as in an all-to-all of buffers of 8 MB.
     even = Collective(kind="all_to_all", bytes_X=np.array([8e6]), ranks_X=np.array(8))
     np.testing.assert_allclose(as_exchange, a100.seconds(even))
@@ -167,6 +168,35 @@ def test_an_engine_without_an_exchange_uses_the_collective_library() -> None:
     two_nodes = KernelCosts.shipped(gpu_cluster(DEVICES["a100_sxm"], 16), "trtllm", "nccl")
     with pytest.raises(InputError, match="no all-to-all between nodes"):
         two_nodes.seconds(AllToAll(bytes_XGG=np.ones((1, 16, 16))))
+
+
+def test_a_gpu_of_the_same_silicon_runs_the_measured_kernels_over_its_own_links() -> None:
+    h800 = KernelCosts.shipped(gpu_cluster(DEVICES["h800_sxm"], 8), "sglang", "trtllm")
+    assert h800.name == "h800_sxm kernels of sglang, then trtllm, measured on h100_sxm"
+    np.testing.assert_array_equal(h800.seconds(EXPERTS), SGLANG.seconds(EXPERTS))
+    assert not h800.predict(EXPERTS).extrapolated_X.any()
+    measured, elsewhere = SGLANG.predict(exchange()), h800.predict(exchange())
+    assert elsewhere.seconds_X[0] > 1.3 * measured.seconds_X[0]  # 200 instead of 450 GB/s of NVLink
+    assert elsewhere.extrapolated_X.all()
+    assert not measured.extrapolated_X.any()
+
+
+def test_a_slower_link_takes_at_least_what_is_reached_of_it() -> None:
+    h800 = KernelCosts.shipped(gpu_cluster(DEVICES["h800_sxm"], 16), "sglang")
+    # A token in BF16 goes to both nodes and to 4 of the 16 ranks, passed on inside its node by the rank of its
+    # source's number: 4096 x 4 rows arrive at each rank, 7 of 8 from others, 14,336 bytes each.
+    over_nvlink_s = 4096 * 4 * 7 / 8 * 14336 / (0.7 * 200e9)  # 1.468 ms
+    over_network_s = 4096 * 14336 / 50e9  # 1.174 ms
+    traffic = exchange(
+        tokens_X=np.array([4096]),
+        ranks_X=np.array(16),
+        nodes_X=np.array(2),
+        mode="normal",
+        direction="combine",
+        sms_X=24,
+        traffic=Traffic.of(np.full((1, 16, 16), 4096 * 4 / 16), nodes=2, node_rows_XGN=np.full((1, 16, 2), 4096.0)),
+    )
+    assert h800.seconds(traffic)[0] >= over_nvlink_s > over_network_s
 
 
 def test_what_kernels_do_inside_others_is_named() -> None:

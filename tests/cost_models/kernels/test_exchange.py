@@ -9,14 +9,21 @@ from cost_models.devices import DEVICES
 from cost_models.kernels.base import Columns, TableKind
 from cost_models.kernels.exchange import TABLES, outlasts_bytes
 from cost_models.kernels.token_traffic import (
+    Chance,
     balanced_chance,
+    bytes_between_ranks,
     chance_in_models,
+    chance_in_tests,
     chance_of_a_copy,
+    copies_of_a_token,
+    even_chance,
     expected_load,
     measured_load,
     row_bytes,
 )
 from cost_models.ops import TokenExchange
+from cost_models.traffic import Traffic
+from traces.errors import InputError
 
 Direction = Literal["dispatch", "combine"]
 Mode = Literal["normal", "low_latency"]
@@ -41,16 +48,24 @@ def exchange(mode: Mode = "normal", direction: Direction = "dispatch", **changes
     )
 
 
-def even_traffic(operation: TokenExchange) -> np.ndarray[Any, Any]:
-    """Bytes between ranks where each pair gets what even choice gives it."""
-    ranks = int(operation.ranks_X)
+def with_even_traffic(operation: TokenExchange) -> TokenExchange:
+    """The operation told how many rows even choice gives each pair of ranks, and each node."""
+    ranks, nodes = int(operation.ranks_X), int(operation.nodes_X)
     copies = (
         float(operation.top_k) / ranks
         if operation.mode == "low_latency"
         else float(chance_of_a_copy(operation.experts, operation.top_k, ranks))
     )
-    row = float(row_bytes(operation.hidden, operation.dtype, operation.direction))
-    return np.full((ranks, ranks), float(operation.tokens_X) * copies * row)
+    tokens = float(operation.tokens_X)
+    to_node = tokens * float(chance_of_a_copy(operation.experts, operation.top_k, nodes))
+    return replace(
+        operation,
+        traffic=Traffic.of(
+            np.full((ranks, ranks), tokens * copies),
+            nodes=nodes,
+            node_rows_XGN=None if operation.mode == "low_latency" else np.full((ranks, nodes), to_node),
+        ),
+    )
 
 
 @pytest.mark.parametrize(
@@ -83,47 +98,123 @@ def test_chance_of_a_copy(experts: int, top_k: int, groups: int, chance: float) 
 
 def test_group_limited_routing_reaches_fewer_ranks() -> None:
     hidden, experts, top_k = np.array([7168, 7168]), np.array([256, 384]), np.array([8, 8])
-    eight = chance_in_models(hidden, experts, top_k, np.array([8, 8]))
+    eight = chance_in_models(hidden, experts, top_k, np.array([8, 8]), np.array([1, 2]))
     # a rank's group is kept in half of all cases, and then holds one of 8 of 128 with 1 - C(96, 8) / C(128, 8)
-    assert eight[0] == pytest.approx(0.5 * chance_of_a_copy(128, 8, 4))
-    assert eight[1] == chance_of_a_copy(384, 8, 8)
+    assert eight.rank[0] == pytest.approx(0.5 * chance_of_a_copy(128, 8, 4))
+    assert eight.rank[1] == chance_of_a_copy(384, 8, 8)
+    assert eight.node.tolist() == [1, chance_of_a_copy(384, 8, 2)]
+
+
+def test_tokens_of_deepep_tests_keep_to_four_nodes() -> None:
+    nodes = np.array([1, 2, 4, 8])
+    of_row = np.ones(4, dtype=int)
+    chance = chance_in_tests(7168 * of_row, 256 * of_row, 8 * of_row, 8 * nodes, nodes)
+    even = even_chance(7168, 256, 8, 8 * nodes, nodes)
+    np.testing.assert_array_equal(chance.node[:3], even.node[:3])  # there are no more than four
+    np.testing.assert_array_equal(chance.rank[:3], even.rank[:3])
+    # The best experts of the four best nodes are among a token's eight but for 2 of 100: 3.98 nodes, not 8 * 0.66.
+    assert 8 * chance.node[3] == pytest.approx(3.98, abs=0.01)
+    assert 8 * even.node[3] == pytest.approx(5.30, abs=0.01)
+    # Eight of some 128 experts on 32 ranks of four: 32 * (1 - C(124, 8) / C(128, 8)) = 7.21 if even, a few more as
+    # each node has one at least.
+    assert 32 * float(chance_of_a_copy(128, 8, 32)) < 64 * chance.rank[3] < 64 * even.rank[3]
+
+
+def test_copies_of_a_token_by_hand() -> None:
+    # One of two nodes of two experts is kept, two a token: both of its experts, on two ranks of one.
+    assert copies_of_a_token(4, 2, 4, 2, 1) == (1, 2)
+    # All are kept: both on one node in 2 of 6 cases, 1 * 1/3 + 2 * 2/3.
+    assert copies_of_a_token(4, 2, 4, 2, 2) == pytest.approx((5 / 3, 2), rel=0.01)
+
+
+def test_only_the_test_between_nodes_is_group_limited() -> None:
+    limited = [kind.name for kind in TABLES if kind.kernel.routing is chance_in_tests]  # type: ignore[attr-defined]
+    assert limited == ["deepep_normal_multinode"]
+
+
+def test_eight_nodes_are_suspect_by_the_bytes_of_four_kept_nodes() -> None:
+    # From 4 nodes to 8 what leaves a node grows from 3 * 0.91 = 2.7 copies to 7 * 3.98 / 8 = 3.5, by 1.28: over
+    # 1.28 * 1.25 = 1.60 times the time is suspect. Even choice would explain 7 * 0.66 / 2.7 * 1.25 = 2.12 times.
+    columns = {name: np.repeat(values[:1], 4) for name, values in ROWS["deepep"].items()}
+    columns["node_num"] = np.array([4, 8, 4, 8])
+    columns["num_token"] = np.array([128, 128, 4096, 4096])
+    kernel = BY_NAME["deepep_normal_multinode"].kernel
+    assert kernel.suspects(columns, np.array([1.0, 1.55, 10.0, 16.5]), op="dispatch").tolist() == [False] * 3 + [True]
 
 
 def test_balanced_routing_reaches_as_many_ranks_as_it_can() -> None:
     ranks = np.array([2, 8, 64])
-    assert (ranks * balanced_chance(np.array(7168), np.array(256), np.array(8), ranks)).tolist() == [2, 8, 8]
+    chance = balanced_chance(np.array(7168), np.array(256), np.array(8), ranks, np.array([1, 2, 16]))
+    assert (ranks * chance.rank).tolist() == [2, 8, 8]
+    assert chance.node.tolist() == [1, 1, 0.5]
 
 
 def test_load_of_normal_mode() -> None:
     # 4 experts on 4 ranks of 2 nodes, 2 a token: each rank gets one of 2 tokens of each rank, 4 * 32 rows, of which
     # half reach it over NVLink (from or by way of the rank of the other number); the other node gets 5 of 6 tokens
     operation = exchange(tokens_X=np.array(60.0))
-    load = expected_load(operation, np.array(100.0), chance_of_a_copy(4, 2, 4))
+    load = expected_load(operation, np.array(100.0), even_chance(7168, 4, 2, np.array(4), np.array(2)))
     assert (load.rows, load.up, load.out) == pytest.approx((12000, 6000, 5000))
 
 
 def test_load_of_low_latency() -> None:
     # 2 copies of each of 60 tokens: a quarter stay, a quarter cross NVLink, half go out
-    load = expected_load(exchange("low_latency", tokens_X=np.array(60.0)), np.array(100.0), np.array(0.0))
+    unused = Chance(rank=np.array(0.0), node=np.array(0.0))
+    load = expected_load(exchange("low_latency", tokens_X=np.array(60.0)), np.array(100.0), unused)
     assert (load.rows, load.up, load.out) == pytest.approx((12000, 3000, 6000))
 
 
 def test_load_of_traffic_counts_the_busiest_rank() -> None:
     # ranks 0, 1 and 2, 3 are nodes; rank 0 sends 10 to its neighbour and 7 to each rank of the other node
-    traffic_GG = np.array([[5, 10, 7, 7], [0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]], dtype=float)
-    low = measured_load(exchange("low_latency", bytes_XGG=traffic_GG))
-    assert (low.rows, low.up, low.out) == pytest.approx((10, 10, 14))
-    normal = measured_load(exchange(bytes_XGG=traffic_GG))
-    # out: one copy stands for several ranks: (5/6) / (2 * 1/2) of 14; up: 10 beat the 7 that rank 2 passes on
-    assert (normal.rows, normal.up, normal.out) == pytest.approx((10, 10, 14 * 5 / 6))
+    rows_GG = np.array([[5, 10, 7, 7], [0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]])
+    row = np.array(100.0)
+    straight = measured_load(exchange("low_latency", traffic=Traffic.of(rows_GG, nodes=2)), row)
+    assert (straight.rows, straight.up, straight.out) == (1000, 1000, 1400)
+    # 9 tokens leave for the other node, to rank 2, which keeps 7 and passes 7 on to rank 3: up are still the 10.
+    node_rows_GN = np.array([[13, 9], [0, 0], [0, 0], [0, 0]])
+    passed_on = measured_load(exchange(traffic=Traffic.of(rows_GG, nodes=2, node_rows_XGN=node_rows_GN)), row)
+    assert (passed_on.rows, passed_on.up, passed_on.out) == (1000, 1000, 900)
+    # With no rows for rank 1, what rank 2 passes on is the most that crosses NVLink.
+    rows_GG[0, 1] = 0
+    assert measured_load(exchange(traffic=Traffic.of(rows_GG, nodes=2, node_rows_XGN=node_rows_GN)), row).up == 700
+
+
+def test_traffic_of_every_leg() -> None:
+    rows_GG = np.array([[5, 10, 7, 8], [0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]])
+    node_rows_GN = np.array([[13, 9], [0, 0], [0, 0], [0, 0]])
+    straight = exchange(traffic=Traffic.of(rows_GG, nodes=2), dtype="bfloat16", hidden=50)  # rows of 100 bytes
+    np.testing.assert_array_equal(bytes_between_ranks(straight), rows_GG * 100)
+    passed_on = replace(straight, traffic=Traffic.of(rows_GG, nodes=2, node_rows_XGN=node_rows_GN))
+    there_GG = [[500, 1000, 900, 0], [0, 0, 0, 0], [0, 0, 700, 800], [0, 0, 0, 0]]
+    assert bytes_between_ranks(passed_on).tolist() == there_GG
+    assert bytes_between_ranks(replace(passed_on, direction="combine")).tolist() == np.transpose(there_GG).tolist()
+
+
+def test_nodes_need_not_be_of_one_size() -> None:
+    # Node 0 has lost a rank: ranks 0, 1 | 2, 3, 4. Rank 4 is number 2 over there; number 0 here takes in its rows.
+    node_of_G = np.array([0, 0, 1, 1, 1])
+    rows_GG = np.zeros((5, 5), dtype=np.int64)
+    rows_GG[4] = [3, 6, 0, 0, 1]
+    node_rows_GN = np.zeros((5, 2), dtype=np.int64)
+    node_rows_GN[4] = [7, 1]
+    load = measured_load(
+        exchange(traffic=Traffic(rows_XGG=rows_GG, node_rows_XGN=node_rows_GN, node_of_G=node_of_G)),
+        np.array(1.0),
+    )
+    assert (load.rows, load.up, load.out) == (6, 6, 7)
 
 
 def test_the_way_back_is_as_the_way_there() -> None:
-    traffic_GG = np.random.default_rng(0).integers(0, 100, (4, 4)).astype(float)
+    rows_GG = np.random.default_rng(0).integers(0, 100, (4, 4))
     for mode in ("normal", "low_latency"):
-        there = measured_load(exchange(mode, bytes_XGG=traffic_GG))
-        back = measured_load(exchange(mode, "combine", bytes_XGG=traffic_GG.T))
-        assert (there.rows, there.up, there.out) == (back.rows, back.up, back.out)
+        there = measured_load(exchange(mode, traffic=Traffic.of(rows_GG, nodes=2)), np.array(1.0))
+        back = measured_load(exchange(mode, "combine", traffic=Traffic.of(rows_GG, nodes=2)), np.array(1.0))
+        assert there == back
+
+
+def test_an_exchange_that_does_not_say_its_traffic_is_told_so() -> None:
+    with pytest.raises(InputError, match="prices an exchange by its traffic; give it"):
+        bytes_between_ranks(exchange())
 
 
 @pytest.mark.parametrize("mode", ["normal", "low_latency"])
@@ -134,7 +225,7 @@ def test_even_traffic_looks_as_if_none_were_given(mode: Mode, direction: Directi
         mode, direction, experts=256, top_k=8, ranks_X=np.array(ranks), nodes_X=np.array(nodes), tokens_X=np.array(96.0)
     )
     kernel = BY_NAME[f"deepep_{'normal' if mode == 'normal' else 'll'}_multinode"].kernel
-    told = kernel.describe(replace(operation, bytes_XGG=even_traffic(operation)), H100)
+    told = kernel.describe(with_even_traffic(operation), H100)
     assert_same(kernel.describe(operation, H100), told, tolerance=1e-9, turns=1)
 
 
@@ -153,10 +244,12 @@ def assert_same(one: Description, other: Description, *, tolerance: float = 1e-1
 
 def test_a_hot_rank_is_as_so_many_more_tokens() -> None:
     operation = exchange(ranks_X=np.array(8), nodes_X=np.array(1), experts=8)
-    traffic_GG = even_traffic(operation)
-    traffic_GG[:, 3] *= 2
+    told = with_even_traffic(operation).traffic
+    assert told is not None
+    rows_GG = told.rows_XGG.copy()
+    rows_GG[:, 3] *= 2
     kernel = BY_NAME["deepep_normal_1node"].kernel
-    hot = kernel.describe(replace(operation, bytes_XGG=traffic_GG), H100)
+    hot = kernel.describe(replace(operation, traffic=Traffic.of(rows_GG)), H100)
     assert_same(kernel.describe(replace(operation, tokens_X=np.array(128.0)), H100), hot, tolerance=1e-9, turns=1)
 
 
@@ -292,7 +385,7 @@ def test_any_leading_shape(mode: Mode) -> None:
         for values in terms.values():
             assert np.shape(values) == (3, 4)
             assert np.all(np.isfinite(values))
-    layers = exchange(mode, tokens_X=np.full(5, 64.0), bytes_XGG=np.ones((5, 4, 4)))
+    layers = exchange(mode, tokens_X=np.full(5, 64.0), traffic=Traffic.of(np.ones((5, 4, 4)), nodes=2))
     assert np.shape(kernel.describe(layers, H100).bound_s) == (5,)
 
 
