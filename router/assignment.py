@@ -28,6 +28,16 @@ class Assignment:
         """True where the policy chose an expert, before capacity."""
         return self.ids_TK != UNUSED
 
+    def take(self, tokens_T: Array) -> Self:
+        """The assignment of some of the tokens: a mask or indices."""
+        return replace(
+            self,
+            ids_TK=self.ids_TK[tokens_T],
+            scores_TK=self.scores_TK[tokens_T],
+            weights_TK=self.weights_TK[tokens_T],
+            kept_TK=self.kept_TK[tokens_T],
+        )
+
     def drop(self, dropped_TK: Array) -> Self:
         """The assignment without the pairs where `dropped_TK` is true; the others keep their weight."""
         xp = namespace(self.weights_TK)

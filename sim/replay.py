@@ -1,7 +1,7 @@
 """Replay: the steps of a trace on a cluster, under one policy and placement after another."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from cost_models.cluster import Cluster
 from cost_models.ops import CostModel
 from router.assignment import Assignment
+from router.backends import rank_within_group
 from router.candidates import Candidates
 from router.context import RouteContext, State
 from router.placement.base import Placement
@@ -18,35 +19,48 @@ from router.policies import RoutingPolicy
 from router.quality import RoutingQuality, routing_quality
 from router.replicas import ReplicaChoice
 from sim.analytic import simulate_analytic
+from sim.blocks import blocks_of
 from sim.engine import simulate_events
+from sim.execution import Execution
+from sim.faults import Disturbance, Schedule
+from sim.layout import Layout
 from sim.lower import Protocol, Work, lower
-from sim.memory import memory_use
+from sim.memory import MemoryUse, memory_use
+from sim.network import Network
+from sim.program import Program
 from sim.report import Report, summarize
-from sim.stages import at_interval_ends, stages_of
+from sim.stages import Blocks, at_interval_ends
 from sim.timeline import Timeline
-from traces.batching import Step
+from traces.batching import Phase, Step
+from traces.context import Context
 from traces.errors import InputError
 from traces.trace import RoutingTrace
 
 Fidelity = Literal["analytic", "event"]
-SIMULATORS = {"analytic": simulate_analytic, "event": simulate_events}
 
 
 @dataclass(frozen=True, kw_only=True)  # no slots: the candidates are made once and kept
 class Replay:
     """Everything about a replay that does not change with policy and placement.
 
-    `steps` index into `trace`; `dispatch_dtype` is that of dispatched tokens (None: as the activations);
-    `kv_tokens_per_rank` are cached tokens that a rank holds.
+    `steps` of `phase` index into `trace`; `dispatch_dtype` is that of dispatched tokens (None: as the activations);
+    `kv_tokens_per_rank` are cached tokens that a rank holds (0: what the recorded positions say). `layout` None: every
+    rank has its own tokens and whole experts. `sampled_layers`: simulate so many, each for its neighbours too (None:
+    all). `disturbance`: what the event fidelity adds.
     """
 
     trace: RoutingTrace
     steps: Sequence[Step]
     cluster: Cluster
     costs: CostModel
+    phase: Phase = "prefill"
     protocol: Protocol = "per_expert"
     dispatch_dtype: str | None = None
     kv_tokens_per_rank: int = 0
+    layout: Layout | None = None
+    execution: Execution = field(default_factory=Execution)
+    sampled_layers: int | None = None
+    disturbance: Disturbance = field(default_factory=Disturbance)
 
     def __post_init__(self) -> None:
         last_rank = max((int(step.source_rank_T.max(initial=0)) for step in self.steps), default=0)
@@ -55,6 +69,31 @@ class Replay:
                 f"steps hold tokens of rank {last_rank}, but the cluster has {self.cluster.ranks} ranks; "
                 "make the steps for as many"
             )
+        if self.sampled_layers is not None and not 1 <= self.sampled_layers <= self.trace.model.layers:
+            raise InputError(
+                f"sampled_layers is {self.sampled_layers}; use 1 to {self.trace.model.layers}, the model's MoE layers"
+            )
+        Schedule.of(self.disturbance.faults, self.cluster)  # tells now what the cluster has not
+        if self.execution.overlap == "two_batch" and (np.bincount(self.steps[0].source_rank_T) < 2).any():
+            raise InputError("two-batch overlap halves each rank's tokens, and some rank has fewer than 2; use more")
+
+    @cached_property
+    def shared(self) -> Layout:
+        """How ranks share the model."""
+        return self.layout or Layout.on(self.cluster)
+
+    @cached_property
+    def layers(self) -> NDArray[np.int64]:
+        """The layers that are simulated, ascending."""
+        every = self.trace.model.layers
+        sampled = self.sampled_layers or every
+        return ((np.arange(sampled) + 0.5) * every / sampled).astype(np.int64)
+
+    @cached_property
+    def row_of_layer(self) -> NDArray[np.int64]:
+        """For each of the model's layers, the nearest of the simulated ones, as its place among them."""
+        away = np.abs(np.arange(self.trace.model.layers)[:, None] - self.layers)
+        return np.asarray(away.argmin(axis=1))
 
     @cached_property
     def candidates(self) -> list[list[Candidates]]:
@@ -67,26 +106,26 @@ class Replay:
         return [
             [
                 Candidates(
-                    ids_TC=trace.expert_ids_TLC[step.tokens_T, layer].astype(np.int64),
+                    ids_TC=trace.expert_ids_TLC[step.tokens_T, layer].astype(np.int32),
                     probs_TC=trace.gates_TLC[step.tokens_T, layer].astype(np.float32),
                     source_rank_T=step.source_rank_T,
                     experts=trace.model.experts,
                     score_kind=trace.score_kind,
                 )
-                for layer in range(trace.model.layers)
+                for layer in self.layers
             ]
             for step in self.steps
         ]
 
     def route(self, policy: RoutingPolicy) -> tuple[list[list[Assignment]], RoutingQuality]:
         """The assignments of every layer, step by step, and what they keep."""
-        states: list[State] = [{} for _ in range(self.trace.model.layers)]
+        states: list[State] = [{} for _ in self.layers]
         assignments = []
         for layers in self.candidates:
             of_step = []
-            for layer, candidates in enumerate(layers):
+            for row, (layer, candidates) in enumerate(zip(self.layers.tolist(), layers, strict=True)):
                 context = RouteContext(layer=layer, ranks=self.cluster.ranks, renormalise=self.trace.model.renormalise)
-                assignment, states[layer] = policy.route(candidates, context, states[layer])
+                assignment, states[row] = policy.route(candidates, context, states[row])
                 of_step.append(assignment)
             assignments.append(of_step)
         quality = routing_quality(
@@ -95,6 +134,91 @@ class Replay:
             top_k=self.trace.model.top_k,
         )
         return assignments, quality
+
+    def lower(
+        self,
+        policy: RoutingPolicy,
+        placement: Placement,
+        step: Step,
+        assignments: Iterable[Assignment],
+        replica_choice: ReplicaChoice = "even",
+    ) -> tuple[Work, ...]:
+        """The work of one step: of one microbatch, or of each of two halves of every rank's tokens."""
+        context = Context.of_step(
+            self.trace,
+            step,
+            phase=self.phase,
+            ranks=self.cluster.ranks,
+            kv_tokens_per_rank=self.kv_tokens_per_rank,
+        )
+        rows = placement if self.sampled_layers is None else placement.take(self.layers)
+
+        def work_of(source_rank_T: NDArray[np.int64], parts: Iterable[Assignment], context: Context) -> Work:
+            return lower(
+                self.trace.model,
+                parts,
+                rows,
+                policy=policy,
+                source_rank_T=source_rank_T,
+                layout=self.shared,
+                context=context,
+                protocol=self.protocol,
+                dispatch_dtype=self.dispatch_dtype,
+                replica_choice=replica_choice,
+                row_of_layer=self.row_of_layer,
+            )
+
+        if self.execution.overlap != "two_batch":
+            return (work_of(step.source_rank_T, assignments, context),)
+        layers = list(assignments)
+        place_T = rank_within_group(step.source_rank_T, self.cluster.ranks)
+        first_T = place_T < (np.bincount(step.source_rank_T)[step.source_rank_T] + 1) // 2
+        return tuple(
+            work_of(step.source_rank_T[half_T], [assignment.take(half_T) for assignment in layers], context.halved())
+            for half_T in (first_T, ~first_T)
+        )
+
+    def price(self, works: Sequence[Work]) -> tuple[Blocks, ...]:
+        """The blocks of each microbatch of a step; the host's gap comes once."""
+        lanes = [
+            blocks_of(
+                work,
+                self.costs,
+                self.execution if last else replace(self.execution, host_gap_s=0.0),
+                device=self.cluster.device,
+            )
+            for work, last in zip(works, [False] * (len(works) - 1) + [True], strict=True)
+        ]
+        return tuple(lanes)
+
+    def simulate(self, lanes: Sequence[Blocks], fidelity: Fidelity) -> Timeline:
+        """Run one step."""
+        program = Program.of(lanes, self.cluster.speed_G)
+        if fidelity == "analytic":
+            return simulate_analytic(program)
+        return simulate_events(program, Network(cluster=self.cluster, costs=self.costs), self.disturbance)
+
+    def memory(self, policy: RoutingPolicy, placement: Placement) -> MemoryUse:
+        """What the fullest rank must hold."""
+        layout = self.shared
+        step = self.steps[0]
+        context = Context.of_step(
+            self.trace, step, phase=self.phase, ranks=self.cluster.ranks, kv_tokens_per_rank=self.kv_tokens_per_rank
+        ).shared(layout.attention_tensor)
+        device = self.cluster.device
+        model = self.trace.model
+        return memory_use(
+            model,
+            placement,
+            layout,
+            tokens_per_rank=int(np.bincount(step.source_rank_T).max()),
+            width=policy.selection.width,
+            kv_tokens_per_rank=float((context.requests_G * (context.cached_tokens_G + context.new_tokens_G)).max()),
+            protocol=self.protocol,
+            dispatch_dtype=self.dispatch_dtype or ("float32" if model.activation_bytes == 4 else "bfloat16"),
+            kv_dtype=self.execution.kv_dtype,
+            capacity_bytes=None if device is None else device.memory_bytes,
+        )
 
     def run(
         self,
@@ -105,8 +229,8 @@ class Replay:
         fidelity: Fidelity = "analytic",
         intervals: bool = False,
         name: str = "",
-    ) -> tuple[Report, list[Timeline], list[Work]]:
-        """Simulate all steps: the report, and each step's timeline and work.
+    ) -> tuple[Report, list[Timeline], list[tuple[Work, ...]]]:
+        """Simulate all steps: the report, and each step's timeline and the work of its microbatches.
 
         With `intervals` each step is simulated twice more, with all costs at the one and the other end of their
         intervals: as sure as the cost model is if all its errors went the same way.
@@ -114,58 +238,43 @@ class Replay:
         Errors: `InputError` where the placement is of another model or another number of ranks.
         """
         model = self.trace.model
-        if (placement.layers, placement.experts, placement.ranks) != (model.layers, model.experts, self.cluster.ranks):
+        layout = self.shared
+        if (placement.layers, placement.experts, placement.ranks) != (
+            model.layers,
+            model.experts,
+            layout.expert_groups,
+        ):
             raise InputError(
                 f"the placement is for {placement.layers} layers of {placement.experts} experts on {placement.ranks} "
-                f"ranks, the replay has {model.layers} of {model.experts} on {self.cluster.ranks}; place for these"
+                f"ranks, the replay has {model.layers} of {model.experts} on {layout.expert_groups}; place for these"
             )
         assignments, quality = self.route(policy)
         works = [
-            lower(
-                model,
-                of_step,
-                placement,
-                policy=policy,
-                source_rank_T=step.source_rank_T,
-                protocol=self.protocol,
-                dispatch_dtype=self.dispatch_dtype,
-                replica_choice=replica_choice,
-            )
+            self.lower(policy, placement, step, of_step, replica_choice)
             for step, of_step in zip(self.steps, assignments, strict=True)
         ]
-        stages = [stages_of(work, model, self.costs, nodes=self.cluster.nodes) for work in works]
-        simulate = SIMULATORS[fidelity]
-        timelines = [simulate(of_step) for of_step in stages]
-        ends = (
-            [[simulate(end).step_s for end in at_interval_ends(of_step)] for of_step in stages] if intervals else None
-        )
-        device = self.cluster.device
-        memory = memory_use(
-            model,
-            placement,
-            tokens_per_rank=int(works[0].tokens_G.max()),
-            width=policy.selection.width,
-            kv_tokens_per_rank=self.kv_tokens_per_rank,
-            capacity_bytes=None if device is None else device.memory_bytes,
-        )
+        priced = [self.price(of_step) for of_step in works]
+        timelines = [self.simulate(lanes, fidelity) for lanes in priced]
+        ends = [self._ends_s(lanes, fidelity) for lanes in priced] if intervals else None
         report = summarize(
             name=name or policy.describe(),
             costs=self.costs.name,
             fidelity=fidelity,
             works=works,
-            stages=stages,
             timelines=timelines,
             interval_s=None if ends is None else tuple(np.mean(ends, axis=0).tolist()),
             quality=quality,
-            memory=memory,
+            memory=self.memory(policy, placement),
             flops_per_token=model.flops_per_token(quality.experts_per_token),
         )
         return report, timelines, works
 
+    def _ends_s(self, lanes: Sequence[Blocks], fidelity: Fidelity) -> list[float]:
+        low, high = zip(*(at_interval_ends(blocks) for blocks in lanes), strict=True)
+        return [self.simulate(end, fidelity).step_s for end in (low, high)]
 
-def rows_by_rank(works: Sequence[Work]) -> NDArray[np.int64]:
-    """Rows that each rank computes, by layer [L, G], over all steps."""
-    rows_LG: NDArray[np.int64] = works[0].rows_LGS.sum(axis=2)
-    for work in works[1:]:
-        rows_LG += work.rows_LGS.sum(axis=2)
-    return rows_LG
+
+def rows_by_rank(works: Sequence[Sequence[Work]]) -> NDArray[np.int64]:
+    """Rows that each rank computes, by simulated layer [L, G], over all steps."""
+    total_LG: NDArray[np.int64] = sum(work.rows_LGS.sum(axis=2) for of_step in works for work in of_step)
+    return total_LG

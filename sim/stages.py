@@ -1,42 +1,33 @@
-"""Stages: a step's work as the ordered stages of its layers, priced. Both simulators walk this one list.
+"""Stages: a microbatch's step as the ordered stages of its layers, priced.
 
 A compute stage takes each rank its own time. A communication stage is a rendezvous: it starts when the last rank
-arrives and ends for all at once. What a cost model's kernels do inside others is no stage of its own.
+arrives and ends for all of them at once. What a cost model's kernels do inside others is no stage of its own.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cost_models.ops import (
-    Combine,
-    CostModel,
-    CountExchange,
-    DenseMlp,
-    Experts,
-    Gate,
-    Operation,
-    Permute,
-    Prediction,
-    Regroup,
-    TokenExchange,
-)
-from sim.lower import Hop, Protocol, Work
-from traces.model import ModelSpec
+from cost_models.ops import CostModel, Operation, Prediction, TokenExchange
 
 Stream = Literal["compute", "communication"]
+# Kernels that a stage launches where no graph replays them.
+_KERNELS = {"attention": 12, "dense": 4, "gate": 2, "experts": 4, "shared": 4, "head": 2, "sample": 6}  # else 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stage:
-    """One stage of every layer: `seconds_LG` by layer and rank; communication takes all ranks the same.
+    """One stage of every layer of a block: `seconds_LG` by layer and rank; all ranks that meet take the same.
 
     `low_s_LG` and `high_s_LG` are the ends of the cost model's 90% intervals, None where it has none;
     `extrapolated_LG`: priced beyond what was measured, None for nothing. `under_next`: a compute stage that the rank
-    runs while the next communication stage is under way.
+    runs while the next communication stage, which follows at once, is under way. Of communication stages: `group`
+    neighbours meet (0: all ranks); `sms_share` of the multiprocessors is taken from what is computed meanwhile, and
+    both run at `pace`, for they share caches and memory; `exchange` is what moves, if tokens do.
     """
 
     name: str
@@ -46,111 +37,97 @@ class Stage:
     low_s_LG: NDArray[np.float64] | None = None
     high_s_LG: NDArray[np.float64] | None = None
     extrapolated_LG: NDArray[np.bool_] | None = None
+    group: int = 0
+    sms_share: float = 0.0
+    pace: float = 1.0
+    exchange: TokenExchange | None = None
 
 
-def at_interval_ends(stages: Sequence[Stage]) -> tuple[list[Stage], list[Stage]]:
-    """The stages with every time at the low end of its interval, and with every one at the high end."""
-    return (
-        [stage if stage.low_s_LG is None else replace(stage, seconds_LG=stage.low_s_LG) for stage in stages],
-        [stage if stage.high_s_LG is None else replace(stage, seconds_LG=stage.high_s_LG) for stage in stages],
-    )
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Block:
+    """Layers of one kind: their stages, and the row of the stages' arrays that each of the layers takes.
+
+    `first_layer`: the number of the first of them in the model, which timelines show.
+    """
+
+    stages: tuple[Stage, ...]
+    row_of_layer: NDArray[np.int64]
+    first_layer: int = 0
+
+    @classmethod
+    def of(cls, stages: Sequence[Stage]) -> "Block":
+        """Layers that each have a row of their own."""
+        return cls(stages=tuple(stages), row_of_layer=np.arange(stages[0].seconds_LG.shape[0]))
 
 
-_MODES: dict[Protocol, Literal["normal", "low_latency"]] = {"per_expert": "low_latency", "per_rank": "normal"}
+Blocks = tuple[Block, ...]
 
 
-def stages_of(work: Work, model: ModelSpec, costs: CostModel, *, nodes: int = 1) -> list[Stage]:
-    """The stages of one microbatch on ranks of `nodes` nodes, in order, priced by `costs`."""
-    layers, ranks = work.rows_LS.shape[0], work.ranks
-    tokens_LG = np.broadcast_to(work.tokens_G, (layers, ranks))
-    sent_LG, received_LG = work.pairs_LGG.sum(axis=2), work.pairs_LGG.sum(axis=1)
-    stages: list[Stage] = []
+def at_interval_ends(blocks: Blocks) -> tuple[Blocks, Blocks]:
+    """The blocks with every time at the low end of its interval, and with every one at the high end."""
 
-    def compute(name: str, operation: Operation, *, under_next: bool = False) -> None:
-        if type(operation) not in costs.included:
-            predictions = [costs.predict(operation)]
-            stages.append(_stage(name, "compute", predictions, (layers, ranks), under_next=under_next))
-
-    def communicate(name: str, *operations: Operation) -> None:
-        predictions = [costs.predict(o) for o in operations if type(o) not in costs.included]
-        if predictions:
-            stages.append(_stage(name, "communication", predictions, (layers, ranks)))
-
-    def exchange(direction: Literal["dispatch", "combine"], hops: tuple[Hop, ...]) -> list[TokenExchange]:
-        return [
-            TokenExchange(
-                tokens_X=np.full(layers, work.tokens_G.max()),
-                hidden=model.hidden,
-                top_k=work.route.width,
-                experts=model.experts,
-                ranks_X=np.array(ranks),
-                nodes_X=np.array(nodes),
-                direction=direction,
-                mode=_MODES[work.protocol],
-                dtype=work.dispatch_dtype,
-                bytes_XGG=hop.bytes_LGG,
+    def with_ends(end: Callable[[Stage], NDArray[np.float64] | None]) -> Blocks:
+        return tuple(
+            replace(
+                block,
+                stages=tuple(
+                    stage if (end_s_LG := end(stage)) is None else replace(stage, seconds_LG=end_s_LG)
+                    for stage in block.stages
+                ),
             )
-            for hop in hops
-        ]
-
-    regroup = Regroup(rows_X=received_LG, segments=work.rows_LGS.shape[2] * ranks, row_bytes=model.row_bytes)
-    pairs_LG = tokens_LG * work.route.width
-    counts_LGG = np.full((layers, ranks, ranks), float(work.count_bytes))
-    compute("gate", Gate(tokens_X=tokens_LG, hidden=model.hidden, experts=model.experts))
-    compute("route", work.route)
-    compute("permute", Permute(pairs_X=pairs_LG, rows_X=sent_LG, row_bytes=model.row_bytes))
-    communicate("counts", CountExchange(bytes_XGG=counts_LGG))
-    if model.shared_experts:
-        shared = DenseMlp(
-            rows_X=tokens_LG,
-            hidden=model.hidden,
-            mlp_hidden=model.shared_experts * model.shared_hidden,
-            matrices=model.expert_matrices,
-            weight_bytes=model.weight_bytes,
-            row_bytes=model.row_bytes,
-            dtype=model.dtype,
+            for block in blocks
         )
-        compute("shared", shared, under_next=True)
-    communicate("dispatch", *exchange("dispatch", work.dispatch))
-    compute("regroup", regroup)
-    experts = Experts(
-        rows_XS=work.rows_LGS,
-        hidden=model.hidden,
-        expert_hidden=model.expert_hidden,
-        matrices=model.expert_matrices,
-        weight_bytes=model.weight_bytes,
-        row_bytes=model.row_bytes,
-        routed_tokens_X=work.copies_LGG.sum(axis=1),
-        top_k=work.route.width,
-        mode=_MODES[work.protocol],
-        dtype=model.dtype,
-    )
-    compute("experts", experts)
-    compute("ungroup", regroup)
-    communicate("return", *exchange("combine", work.combine))
-    compute("combine", Combine(rows_X=sent_LG, tokens_X=tokens_LG, row_bytes=model.row_bytes))
-    return stages
+
+    return with_ends(lambda stage: stage.low_s_LG), with_ends(lambda stage: stage.high_s_LG)
 
 
-def _stage(
-    name: str, stream: Stream, predictions: Sequence[Prediction], shape: tuple[int, int], *, under_next: bool = False
-) -> Stage:
-    """One stage of operations that follow one another: priced by layer and rank, or by layer for all ranks."""
+@dataclass(frozen=True, slots=True)
+class Pricing:
+    """Makes stages of `layers` rows; without a graph each kernel takes at least `launch_s`."""
 
-    def total(values_X: Sequence[NDArray[Any] | None]) -> NDArray[np.float64] | None:
-        by_rank = [_by_rank(value_X, stream, shape) for value_X in values_X if value_X is not None]
-        return np.sum(by_rank, axis=0) if len(by_rank) == len(values_X) else None
+    costs: CostModel
+    layers: int
+    ranks: int
+    launch_s: float
 
-    return Stage(
-        name=name,
-        stream=stream,
-        seconds_LG=np.sum([_by_rank(p.seconds_X, stream, shape) for p in predictions], axis=0),
-        under_next=under_next,
-        low_s_LG=total([p.low_s_X for p in predictions]),
-        high_s_LG=total([p.high_s_X for p in predictions]),
-        extrapolated_LG=np.any([_by_rank(p.extrapolated_X, stream, shape) for p in predictions], axis=0),
-    )
+    def compute(self, name: str, *operations: Operation) -> list[Stage]:
+        """The stage of operations that follow one another; none where others include them all."""
+        predictions = self._predict(operations)
+        if not predictions:
+            return []
+        stage = self._stage(name, "compute", predictions)
+        if self.launch_s:
+            least_s = self.launch_s * _KERNELS.get(name, 1)
+            stage = replace(stage, seconds_LG=np.maximum(stage.seconds_LG, least_s))
+        return [stage]
+
+    def communicate(self, name: str, *operations: Operation, **details: Any) -> list[Stage]:
+        """The same of a rendezvous; `details` are further fields of the stage."""
+        predictions = self._predict(operations)
+        return [replace(self._stage(name, "communication", predictions), **details)] if predictions else []
+
+    def _predict(self, operations: Sequence[Operation]) -> list[Prediction]:
+        return [self.costs.predict(o) for o in operations if type(o) not in self.costs.included]
+
+    def _stage(self, name: str, stream: Stream, predictions: Sequence[Prediction]) -> Stage:
+        """One stage of operations that follow one another, priced by layer and rank, or by layer for all ranks."""
+        prediction = reduce(Prediction.then, predictions)
+        shape = (self.layers, self.ranks)
+        low_s_X, high_s_X = prediction.low_s_X, prediction.high_s_X
+        return Stage(
+            name=name,
+            stream=stream,
+            seconds_LG=_by_rank(prediction.seconds_X, shape),
+            low_s_LG=None if low_s_X is None else _by_rank(low_s_X, shape),
+            high_s_LG=None if high_s_X is None else _by_rank(high_s_X, shape),
+            extrapolated_LG=_by_rank(prediction.extrapolated_X, shape),
+        )
 
 
-def _by_rank(value_X: NDArray[Any], stream: Stream, shape: tuple[int, int]) -> NDArray[Any]:
-    return np.broadcast_to(value_X[..., None] if stream == "communication" else value_X, shape)
+def _by_rank(value_X: NDArray[Any], shape: tuple[int, int]) -> NDArray[Any]:
+    return np.broadcast_to(value_X[:, None] if value_X.ndim == 1 else value_X, shape)
+
+
+def once(value_G: NDArray[Any]) -> NDArray[Any]:
+    """[1, G], or [1, 1] where all ranks have the same, so that it is priced once."""
+    return value_G[None, :1] if (value_G == value_G[0]).all() else value_G[None]

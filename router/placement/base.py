@@ -47,6 +47,10 @@ class Placement:
         """S / G."""
         return self.slots // self.ranks
 
+    def take(self, layers: NDArray[np.int64]) -> "Placement":
+        """The placement of some of the layers."""
+        return Placement(slot_to_expert_LS=self.slot_to_expert_LS[layers], experts=self.experts, ranks=self.ranks)
+
     @cached_property
     def replicas_LE(self) -> NDArray[np.int64]:
         """How many slots hold each expert."""

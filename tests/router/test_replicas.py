@@ -70,6 +70,26 @@ def test_a_slot_without_a_known_expert_is_refused() -> None:
         Placement(slot_to_expert_LS=np.array([[0, 1, 2]]), experts=2, ranks=1)
 
 
+@pytest.mark.parametrize("choice", BOTH_CHOICES)
+def test_numpy_and_torch_choose_alike_by_hand(choice: ReplicaChoice) -> None:
+    """Ids of any integer type, a dropped pair and an unused one."""
+    ids_TK = np.array([[0, 1], [1, UNUSED], [0, 1], [0, 1]], dtype=np.int32)
+    kept_TK = np.array([[True, True], [True, False], [False, True], [True, True]])
+    expected = {
+        "even": [[0, 1], [3, -1], [-1, 3], [2, 1]],  # rank 1's turns start at the second replica
+        "local": [[0, 1], [1, -1], [-1, 3], [2, 3]],
+    }[choice]
+    sources = np.array([0, 0, 1, 1])
+    assert choose_slots(assigned(ids_TK, kept_TK), TWICE, 0, sources, choice).tolist() == expected
+    in_torch = Assignment(
+        ids_TK=torch.as_tensor(ids_TK).long(),
+        scores_TK=torch.zeros(4, 2),
+        weights_TK=torch.zeros(4, 2),
+        kept_TK=torch.as_tensor(kept_TK),
+    )
+    assert choose_slots(in_torch, TWICE, 0, torch.as_tensor(sources), choice).tolist() == expected
+
+
 def test_layers_have_tables_of_their_own() -> None:
     placement = Placement(slot_to_expert_LS=np.array([[0, 1], [1, 0]]), experts=2, ranks=2)
     for layer, slot in ((0, 0), (1, 1)):
@@ -150,9 +170,14 @@ def test_a_rank_alone_finds_its_part_of_the_answer(
 
 @pytest.mark.parametrize("choice", BOTH_CHOICES)
 @settings(max_examples=100, deadline=None)
-@given(step=steps())
-def test_numpy_and_torch_choose_alike(choice: ReplicaChoice, step: tuple[Assignment, Placement, Any]) -> None:
+@given(step=steps(), seed=st.integers(0, 99))
+def test_numpy_and_torch_choose_alike(
+    choice: ReplicaChoice, step: tuple[Assignment, Placement, Any], seed: int
+) -> None:
+    """The compiled loop and the array functions, whatever the order of the tokens."""
     assignment, placement, source_rank_T = step
+    order_T = np.random.default_rng(seed).permutation(source_rank_T.size)
+    assignment, source_rank_T = assignment.take(order_T), source_rank_T[order_T]
     in_torch = Assignment(
         **{
             name: torch.as_tensor(np.array(getattr(assignment, name)))

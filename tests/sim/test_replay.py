@@ -3,12 +3,13 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 
 from cost_models.cluster import gpu_cluster
+from cost_models.degrade import degrade
 from cost_models.devices import DEVICES
 from cost_models.roofline import Roofline
 from router.capacity import Capacity
@@ -16,10 +17,13 @@ from router.placement import place
 from router.policies import RoutingPolicy
 from router.policies.top_k import TopK
 from router.policies.top_p import TopP
-from sim.replay import Replay
+from sim.execution import Execution, Overlap
+from sim.faults import Disturbance, Fault
+from sim.lower import PROTOCOLS, Protocol
+from sim.replay import Fidelity, Replay
 from sim.report import Report
 from sim.timeline import write_chrome_trace
-from traces.batching import make_steps, split_requests
+from traces.batching import Phase, make_steps, split_requests
 from traces.errors import InputError
 from traces.formats.npz import import_npz
 from traces.presets import preset
@@ -28,14 +32,18 @@ from traces.trace import RoutingTrace
 
 H100 = DEVICES["h100_sxm"]
 RANKS = 8
+TOP_8 = RoutingPolicy(selection=TopK(k=8))
+FIDELITIES: tuple[Fidelity, ...] = ("analytic", "event")
 
 
 def replay_of(trace: RoutingTrace, tokens_per_rank: int, **options: Any) -> Replay:
+    """Of the MoE layers of decode steps, if not told otherwise."""
     cluster = gpu_cluster(H100, RANKS)
     steps = make_steps(
         trace, phase="decode", tokens_per_rank=tokens_per_rank, ranks=RANKS, limit=options.pop("limit", None)
     )
-    return Replay(trace=trace, steps=steps, cluster=cluster, costs=Roofline(cluster), **options)
+    defaults = {"phase": "decode", "execution": Execution(extent="moe")}
+    return Replay(trace=trace, steps=steps, cluster=cluster, costs=Roofline(cluster), **{**defaults, **options})
 
 
 @pytest.fixture(scope="module")
@@ -125,16 +133,213 @@ def test_routing_remembers_nothing_between_runs(qwen: RoutingTrace) -> None:
 
 
 @pytest.mark.parametrize("name", ["deepseek-v3", "flame-moe-290m"])
-def test_no_rank_waits_a_negative_time(name: str) -> None:
+@pytest.mark.parametrize("execution", [Execution(extent="moe"), Execution()], ids=["moe", "whole"])
+def test_no_rank_waits_a_negative_time(name: str, execution: Execution) -> None:
     """Models with shared experts, at sizes where those hide under the dispatch."""
     model = replace(preset(name), layers=4)
     trace = synthetic_trace(model, tokens=RANKS * 512, zipf=0.0, seed=0, tokens_per_request=512)
     steps = make_steps(trace, phase="prefill", tokens_per_rank=512, ranks=RANKS, limit=1)
     cluster = gpu_cluster(H100, RANKS)
-    replay = Replay(trace=trace, steps=steps, cluster=cluster, costs=Roofline(cluster))
+    replay = Replay(trace=trace, steps=steps, cluster=cluster, costs=Roofline(cluster), execution=execution)
     placement = place("lpt", trace.loads_LE(), ranks=RANKS, slots=trace.model.experts)
     report = replay.run(RoutingPolicy(selection=TopK(k=trace.model.top_k)), placement)[0]
     assert report.waiting_s >= 0
+
+
+EIGHT_LAYERS = replace(preset("qwen3-30b-a3b"), layers=8)
+
+
+@pytest.fixture(scope="module")
+def equal_layers() -> RoutingTrace:
+    """Eight layers that route alike."""
+    one = synthetic_trace(
+        replace(EIGHT_LAYERS, layers=1), tokens=RANKS * 64, zipf=0.8, seed=1, phase="decode", tokens_per_request=64
+    )
+    assert one.gates_TLC is not None
+    return replace(
+        one,
+        model=EIGHT_LAYERS,
+        expert_ids_TLC=np.repeat(one.expert_ids_TLC, 8, axis=1),
+        gates_TLC=np.repeat(one.gates_TLC, 8, axis=1),
+    )
+
+
+@pytest.mark.parametrize("fidelity", ["analytic", "event"])
+@pytest.mark.parametrize("extent", ["moe", "whole"])
+def test_four_of_eight_equal_layers_are_as_good_as_all(
+    equal_layers: RoutingTrace, extent: Any, fidelity: Fidelity
+) -> None:
+    execution = Execution(extent=extent)
+    placement = place("contiguous", equal_layers.loads_LE(), ranks=RANKS, slots=128)
+    every, some = (
+        replay_of(equal_layers, 16, limit=2, execution=execution, sampled_layers=sampled).run(
+            TOP_8, placement, fidelity=fidelity
+        )
+        for sampled in (None, 4)
+    )
+    assert every[0].to_json() == some[0].to_json()
+    assert [work.layers for (work,) in some[2]] == [4, 4]
+    np.testing.assert_array_equal(every[1][0].end_OG, some[1][0].end_OG)
+
+
+def test_sampled_layers_stand_for_their_neighbours(equal_layers: RoutingTrace) -> None:
+    # Two of eight: the middles of the two halves, 2 and 6. Layer 4 is as near to both: the earlier one counts.
+    replay = replay_of(equal_layers, 16, limit=1, sampled_layers=2)
+    assert replay.layers.tolist() == [2, 6]
+    assert replay.row_of_layer.tolist() == [0, 0, 0, 0, 0, 1, 1, 1]
+    assert replay_of(equal_layers, 16, limit=1).layers.tolist() == list(range(8))
+    for sampled in (0, 9):
+        with pytest.raises(InputError) as refused:
+            replay_of(equal_layers, 16, limit=1, sampled_layers=sampled)
+        assert str(refused.value) == f"sampled_layers is {sampled}; use 1 to 8, the model's MoE layers"
+
+
+def test_a_whole_step_is_the_moe_layers_and_what_surrounds_them(equal_layers: RoutingTrace) -> None:
+    placement = place("contiguous", equal_layers.loads_LE(), ranks=RANKS, slots=128)
+    moe, whole = (
+        replay_of(equal_layers, 16, limit=1, execution=Execution(extent=extent)).run(TOP_8, placement)[0]
+        for extent in ("moe", "whole")
+    )
+    assert set(moe.breakdown_s) == {"gate", "dispatch", "experts", "combine"}
+    assert set(whole.breakdown_s) == {*moe.breakdown_s, "attention", "other"}
+    for part in ("dispatch", "experts", "combine"):
+        assert whole.breakdown_s[part] == pytest.approx(moe.breakdown_s[part])
+    assert sum(whole.breakdown_s.values()) + whole.waiting_s == pytest.approx(whole.step_s)
+    # Each rank's LM head reads 151936 * 2048 parameters of 2 bytes: 0.19 ms at 3.35 TB/s.
+    assert whole.stage_s["head"] == pytest.approx(151936 * 2048 * 2 / 3.35e12, rel=0.02)
+    assert whole.tokens_per_s < moe.tokens_per_s
+
+
+def test_a_gap_of_the_host_comes_once_a_step(equal_layers: RoutingTrace) -> None:
+    placement = place("contiguous", equal_layers.loads_LE(), ranks=RANKS, slots=128)
+    for overlap in ("none", "two_batch"):
+        with_gap, without = (
+            replay_of(equal_layers, 16, limit=1, execution=Execution(overlap=overlap, host_gap_s=gap_s)).run(
+                TOP_8, placement
+            )[0]
+            for gap_s in (1e-3, 0.0)
+        )
+        assert with_gap.stage_s["host gap"] == pytest.approx(1e-3)
+        assert with_gap.step_s == pytest.approx(without.step_s + 1e-3)
+
+
+def test_two_microbatches_halve_every_ranks_tokens(equal_layers: RoutingTrace) -> None:
+    replay = replay_of(equal_layers, 15, limit=1, execution=Execution(extent="moe", overlap="two_batch"))
+    placement = place("contiguous", equal_layers.loads_LE(), ranks=RANKS, slots=128)
+    _, timelines, ((first, second),) = replay.run(TOP_8, placement)
+    assert (first.tokens_G.tolist(), second.tokens_G.tolist()) == ([8] * RANKS, [7] * RANKS)
+    ((whole,),) = replace(replay, execution=Execution(extent="moe")).run(TOP_8, placement)[2]
+    np.testing.assert_array_equal(first.rows_LS + second.rows_LS, whole.rows_LS)
+    np.testing.assert_array_equal(first.pairs_LGG + second.pairs_LGG, whole.pairs_LGG)
+    assert {interval.lane for interval in timelines[0].intervals} == {0, 1}
+    with pytest.raises(InputError, match="halves each rank's tokens, and some rank has fewer than 2; use more"):
+        replay_of(equal_layers, 1, limit=1, execution=Execution(overlap="two_batch"))
+
+
+@pytest.mark.parametrize("fidelity", FIDELITIES)
+def test_overlap_wins_where_links_are_slow_and_loses_where_weights_are_read_twice(fidelity: Fidelity) -> None:
+    """Prefill, a tenth of the bandwidth between nodes: a half computes while the other's tokens are on their way.
+
+    Decode, full bandwidth: 8 tokens a rank read nearly as many experts' weights as 16 do, which is most of the step.
+    """
+    model = replace(EIGHT_LAYERS, layers=2)
+    trace = synthetic_trace(model, tokens=RANKS * 4096, zipf=0.0, seed=0, tokens_per_request=4096)
+    placement = place("contiguous", trace.loads_LE(), ranks=RANKS, slots=128)
+
+    def step_s(phase: Phase, tokens_per_rank: int, slowdown: float, overlap: Any) -> float:
+        cluster = gpu_cluster(replace(H100, ranks_per_node=4, scale_out=H100.scale_out / slowdown), RANKS)
+        replay = Replay(
+            trace=trace,
+            steps=make_steps(trace, phase=phase, tokens_per_rank=tokens_per_rank, ranks=RANKS, limit=1),
+            cluster=cluster,
+            costs=Roofline(cluster),
+            phase=phase,
+            protocol="per_rank" if phase == "prefill" else "per_expert",
+            execution=Execution(overlap=overlap, extent="moe"),
+        )
+        return replay.run(TOP_8, placement, fidelity=fidelity)[0].step_s
+
+    assert step_s("prefill", 4096, 10, "two_batch") < step_s("prefill", 4096, 10, "none")
+    assert step_s("decode", 16, 1, "two_batch") > step_s("decode", 16, 1, "none")
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("overlap", get_args(Overlap))
+def test_analytic_is_a_lower_bound_of_whole_steps(
+    equal_layers: RoutingTrace, overlap: Overlap, protocol: Protocol
+) -> None:
+    """Nodes of four, links a hundredth as fast, a spine that has a quarter of what is below it."""
+    placement = place("lpt", equal_layers.loads_LE(), ranks=RANKS, slots=136)
+    device = replace(H100, ranks_per_node=4, scale_out=H100.scale_out / 100, scale_up=H100.scale_up / 100)
+    cluster = gpu_cluster(device, RANKS, oversubscription=4.0)
+    execution = Execution(overlap=overlap)
+    replay = replace(
+        replay_of(equal_layers, 16, limit=1, execution=execution, protocol=protocol),
+        cluster=cluster,
+        costs=Roofline(cluster),
+    )
+    analytic, event = (replay.run(TOP_8, placement, fidelity=fidelity)[0] for fidelity in FIDELITIES)
+    assert analytic.step_s <= event.step_s * (1 + 1e-9)
+    for report in (analytic, event):
+        assert report.waiting_s >= 0
+        assert min(report.waits_s.values()) >= 0
+        assert sum(report.breakdown_s.values()) == pytest.approx(sum(report.stage_s.values()))
+
+
+def test_a_slow_gpu_holds_all_up(equal_layers: RoutingTrace) -> None:
+    placement = place("contiguous", equal_layers.loads_LE(), ranks=RANKS, slots=128)
+    replay = replay_of(equal_layers, 16, limit=1)
+    slow = replace(replay, cluster=degrade(replay.cluster, ["gpu5=0.1"]))
+    before, after = (r.run(TOP_8, placement, fidelity="event")[0] for r in (replay, slow))
+    assert after.step_s > 2 * before.step_s
+    assert set(after.critical_rank_by_layer) == {5}
+    assert after.waits_s["return"] > before.waits_s["return"]
+
+
+def test_jitter_is_of_the_event_simulation_and_of_its_seed(equal_layers: RoutingTrace) -> None:
+    placement = place("contiguous", equal_layers.loads_LE(), ranks=RANKS, slots=128)
+
+    def report(seed: int, fidelity: Fidelity) -> str:
+        disturbance = Disturbance(jitter=0.1, seed=seed)
+        replay = replay_of(equal_layers, 16, limit=2, disturbance=disturbance)
+        return json.dumps(replay.run(TOP_8, placement, fidelity=fidelity)[0].to_json())
+
+    assert report(1, "event") == report(1, "event") != report(2, "event")
+    assert report(1, "analytic") == report(2, "analytic")
+
+
+def test_pairs_of_a_rank_that_is_lost_are_lost(equal_layers: RoutingTrace) -> None:
+    """Every pair is computed, dropped, or lost with its rank, once."""
+    placement = place("contiguous", equal_layers.loads_LE(), ranks=RANKS, slots=128)
+    policy = RoutingPolicy(selection=TopK(k=8), capacity=Capacity(factor=0.5))
+    replay = replay_of(equal_layers, 16, limit=1)
+    undisturbed, (timeline,), ((work,),) = replay.run(policy, placement, fidelity="event")
+    assert undisturbed.lost_share == 0
+    lost_at_s = timeline.start_OG[timeline.program.layer_O == 5].min()  # when layer 5 of 0 to 7 begins
+    faults = (Fault(change="rank3=lost", at_s=float(lost_at_s)),)
+    disturbance = Disturbance(faults=faults, detect_s=1e-3)
+    report = replace(replay, disturbance=disturbance).run(policy, placement, fidelity="event")[0]
+    # All its rows of layers 5, 6 and 7.
+    lost, kept = work.rows_LGS[5:, 3].sum(), work.rows_LS.sum()
+    assert report.lost_share == pytest.approx(lost / kept)
+    assert report.dropped_share == undisturbed.dropped_share > 0
+    chosen = 16 * RANKS * 8 * 8
+    assert kept == round(chosen * (1 - report.dropped_share))
+    assert report.step_s > undisturbed.step_s + 0.9e-3
+    assert replace(replay, disturbance=disturbance).run(policy, placement)[0].lost_share == 0  # analytic: no faults
+
+
+def test_a_spine_with_less_above_than_below_is_slower_where_flows_contend(equal_layers: RoutingTrace) -> None:
+    placement = place("contiguous", equal_layers.loads_LE(), ranks=RANKS, slots=128)
+    device = replace(H100, ranks_per_node=2, scale_out=H100.scale_out / 20)
+    found = {}
+    for oversubscription in (1.0, 4.0):
+        cluster = gpu_cluster(device, RANKS, oversubscription=oversubscription)
+        replay = replace(replay_of(equal_layers, 16, limit=1), cluster=cluster, costs=Roofline(cluster))
+        found[oversubscription] = [replay.run(TOP_8, placement, fidelity=f)[0].step_s for f in FIDELITIES]
+    for analytic_s, event_s in found.values():
+        assert analytic_s <= event_s * (1 + 1e-9)
+    assert found[1.0][0] == found[1.0][1] < found[4.0][0]
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,8 @@ from router.placement.base import Placement
 from router.policies import RoutingPolicy
 from router.policies.top_k import TopK
 from router.policies.top_p import TopP
-from sim.memory import memory_use
+from sim.execution import Execution
+from sim.layout import Layout
 from sim.replay import Replay, rows_by_rank
 from sim.report import Report
 from traces.batching import make_steps
@@ -60,8 +61,10 @@ class FixedCosts:
                 return np.asarray(rows_XS).sum(axis=-1).astype(float)
             case DenseMlp(rows_X=rows_X):
                 return np.asarray(rows_X).astype(float)
-            case AllToAll(bytes_XGG=bytes_XGG) | TokenExchange(bytes_XGG=bytes_XGG):
+            case AllToAll(bytes_XGG=bytes_XGG):
                 return np.full(np.shape(bytes_XGG)[:-2], 4.0)
+            case TokenExchange(tokens_X=tokens_X):
+                return np.full(np.shape(tokens_X), 4.0)
             case Gate(tokens_X=size_X) | Route(tokens_X=size_X) | Permute(rows_X=size_X) | Regroup(rows_X=size_X):
                 return np.full(np.shape(size_X), float(self._SECONDS[type(operation)]))
             case Combine(rows_X=size_X):
@@ -85,8 +88,12 @@ def trace_of(ids: Any = IDS, gates: Any = GATES, model: ModelSpec = TINY, **colu
 
 
 def replay_of(trace: RoutingTrace, *, tokens_per_rank: int = 2, **options: Any) -> Replay:
+    """Of the MoE layers alone."""
     steps = make_steps(trace, phase="prefill", tokens_per_rank=tokens_per_rank, ranks=2)
-    return Replay(trace=trace, steps=steps, cluster=cpu_box(2), costs=FixedCosts(), **options)
+    execution = Execution(extent="moe")
+    return Replay(
+        trace=trace, steps=steps, **{"cluster": cpu_box(2), "costs": FixedCosts(), "execution": execution, **options}
+    )
 
 
 def report_of(policy: RoutingPolicy = TOP_2, trace: RoutingTrace | None = None, **options: Any) -> Report:
@@ -99,7 +106,7 @@ def test_the_step_by_hand() -> None:
     # Ungroup 5: 30 and 26. Return 4, from 30: 34. Combine 6: 40.
     report = report_of()
     assert report.step_s == 40
-    assert report.step_s_by_step == (40,)
+    assert report.step_s_by_step == (40.0,)
     assert (report.tokens_per_s, report.tokens_per_s_per_rank) == (4 / 40, 2 / 40)
     assert report.stage_s == {
         "gate": 1,
@@ -114,6 +121,15 @@ def test_the_step_by_hand() -> None:
         "combine": 6,
     }
     assert report.waiting_s == 2  # rank 1 waits 4 s for rank 0 at the return
+    assert report.breakdown_s == {
+        "gate": 1 + 2,
+        "dispatch": 3 + 4 + 4 + 5,
+        "experts": 4,
+        "combine": 5 + 4 + 6,
+    }
+    assert report.waits_s == {"counts": 0, "dispatch": 0, "return": 2}
+    assert report.critical_rank_by_layer == (0,)
+    assert report.lost_share == 0
 
 
 def test_imbalance_by_hand() -> None:
@@ -129,9 +145,8 @@ def test_imbalance_is_averaged_over_layers() -> None:
     # Layer 0 as above: 6 and 2 rows, 3/2. In layer 1 every token has an expert on each rank: 4 and 4, 1.
     model = replace(TINY, layers=2)
     ids_TLC = np.stack([np.array(IDS), np.array([[0, 2], [1, 3], [0, 2], [1, 3]])], axis=1).astype(np.uint16)
-    trace = replace(
-        trace_of(), model=model, expert_ids_TLC=ids_TLC, gates_TLC=np.repeat(trace_of().gates_TLC, 2, axis=1)
-    )
+    gates_TLC = np.repeat(np.array(GATES, dtype=np.float16)[:, None, :], 2, axis=1)
+    trace = replace(trace_of(), model=model, expert_ids_TLC=ids_TLC, gates_TLC=gates_TLC)
     placement = Placement(slot_to_expert_LS=np.tile(np.arange(4), (2, 1)), experts=4, ranks=2)
     report, _, works = replay_of(trace).run(TOP_2, placement)
     assert rows_by_rank(works).tolist() == [[6, 2], [4, 4]]
@@ -152,10 +167,12 @@ def test_quality_by_hand() -> None:
     assert (everything.gate_mass, everything.dropped_share, everything.experts_per_token) == (1, 0, 2)
     # The best of each: .5 + .5 + .75 + .5 = 2.25.
     one = report_of(RoutingPolicy(selection=TopK(k=1)))
-    assert (one.gate_mass, one.dropped_share, one.experts_per_token) == (pytest.approx(2.25 / 3.375), 0, 1)
+    assert one.gate_mass == pytest.approx(2.25 / 3.375)
+    assert (one.dropped_share, one.experts_per_token) == (0, 1)
     # Until .6: tokens 0, 1 and 3 need two, token 2 one: .75 + .75 + .75 + 1.
     some = report_of(RoutingPolicy(selection=TopP(p=0.6, k_max=2)))
-    assert (some.gate_mass, some.dropped_share, some.experts_per_token) == (pytest.approx(3.25 / 3.375), 0, 7 / 4)
+    assert some.gate_mass == pytest.approx(3.25 / 3.375)
+    assert (some.dropped_share, some.experts_per_token) == (0, 7 / 4)
 
 
 def test_drops_by_hand() -> None:
@@ -169,35 +186,27 @@ def test_drops_by_hand() -> None:
 
 def test_traffic_by_hand() -> None:
     # Away from home: token 1 to expert 2; token 2 to 0; token 3 to 1 and 0: 4 rows of 16 bytes, there and back.
-    assert report_of().network_bytes_per_step == 2 * 4 * 16
+    report = report_of()
+    assert report.bytes_by_tier == {"scale_up": 2 * 4 * 16, "scale_out": 0}
+    assert report.network_bytes_per_step == report.to_json()["network_bytes_per_step"] == 2 * 4 * 16
     # Once to each rank, token 3's row is sent once.
     assert report_of(protocol="per_rank").network_bytes_per_step == 2 * 3 * 16
+    # The same between nodes.
+    far = report_of(layout=Layout(node_of_G=np.array([0, 1])))
+    assert far.bytes_by_tier == {"scale_up": 0, "scale_out": 2 * 4 * 16}
 
 
 def test_flops_and_memory_by_hand() -> None:
-    report = report_of(kv_tokens_per_rank=7)
+    report = report_of(kv_tokens_per_rank=7, protocol="per_rank")
     assert report.expert_flops_per_token == 2 * 2 * 384  # two experts, a multiply-add is two
     assert report.memory.expert_bytes == 2 * 384 * 2  # two slots a rank
-    assert report.memory.kv_cache_bytes == 70
+    # Each rank's request of two tokens looks back on 7: the cache then holds 9, of 10 bytes.
+    assert report.memory.kv_cache_bytes == 90
     assert report.memory.buffer_bytes == 2 * 2 * 2 * 16  # 2 tokens a rank, 2 experts each, sent and received
     assert report.memory.other_weight_bytes == 0
-    assert report.memory.total_bytes == 1536 + 70 + 128
-    assert report.to_json()["memory_bytes"] == 1734
+    assert report.memory.total_bytes == 1536 + 90 + 128
+    assert report.to_json()["memory_bytes"] == 1754
     assert report.to_json()["fits"] is True  # the host's memory is not known
-
-
-def test_memory_counts_the_rest_of_the_model_once_on_every_rank() -> None:
-    # 1000 other parameters and a layer's shared expert of 3 * 8 * 4 = 96; 4-bit models keep both in bf16.
-    model = replace(TINY, other_parameters=1000, shared_experts=1, shared_hidden=4, weight_bytes=0.5)
-    arguments: dict[str, Any] = {"tokens_per_rank": 2, "width": 2, "kv_tokens_per_rank": 0}
-    use = memory_use(model, PLACEMENT, **arguments, capacity_bytes=2800)
-    assert use.expert_bytes == 2 * 384 * 0.5
-    assert use.other_weight_bytes == (1000 + 96) * 2
-    assert use.total_bytes == 384 + 2192 + 128 == 2704
-    assert use.fits
-    assert not memory_use(model, PLACEMENT, **arguments, capacity_bytes=2703).fits
-    eight_bit = memory_use(replace(model, weight_bytes=1.0), PLACEMENT, **arguments, capacity_bytes=None)
-    assert eight_bit.other_weight_bytes == 1096
 
 
 def test_hidden_shared_experts_cost_no_time_and_are_no_wait() -> None:

@@ -26,8 +26,9 @@ from router.policies.skip import Skip
 from router.policies.top_k import TopK
 from router.policies.top_p import TopP
 from router.replicas import ReplicaChoice
+from sim.blocks import blocks_of
+from sim.execution import Execution
 from sim.lower import lower
-from sim.stages import stages_of
 from traces.errors import InputError
 from traces.model import ModelSpec
 
@@ -245,7 +246,7 @@ def test_its_stages_are_the_simulators_by_name_and_order(results: dict[str, Any]
         included: frozenset[type] = frozenset()
 
         def predict(self, operation: Operation) -> Prediction:
-            return Prediction.unmeasured(np.zeros(LAYERS) if hasattr(operation, "bytes_XGG") else np.zeros(()))
+            return Prediction.unmeasured(np.zeros((1, 1)))
 
         def seconds(self, operation: Operation) -> Any:
             return self.predict(operation).seconds_X
@@ -263,7 +264,8 @@ def test_its_stages_are_the_simulators_by_name_and_order(results: dict[str, Any]
     )
     assignment, _ = case.policy.route(in_numpy, context, {})
     work = lower(MODEL, [assignment] * LAYERS, case.placement, policy=case.policy, source_rank_T=source_rank_T)
-    simulated = [stage.name for stage in stages_of(work, MODEL, Free())]
+    (block,) = blocks_of(work, Free(), Execution(extent="moe"))
+    simulated = [stage.name for stage in block.stages]
     for rank in range(RANKS):
         seconds = results["top-k"][rank][2]
         assert list(seconds) == simulated
