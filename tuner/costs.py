@@ -11,6 +11,7 @@ from cost_models.profile import Profile
 from cost_models.roofline import Roofline
 from traces.errors import InputError
 from traces.files import read_document
+from tuner.clusters import make_cluster
 from tuner.scenario import Scenario
 
 
@@ -23,15 +24,20 @@ def make_costs(scenario: Scenario, cluster: Cluster) -> CostModel:
     if all(map(is_kernel_profile, documents)):
         profiles = [KernelProfile.parse(document, path) for document, path in zip(documents, paths, strict=True)]
         for profile, path in zip(profiles, paths, strict=True):
-            if profile.gpu != scenario.cluster.device:
+            if cluster.device is None or not cluster.device.runs_kernels_of(profile.gpu):
+                name = "cpu" if cluster.device is None else cluster.device.name
                 raise InputError(
-                    f"{path}: kernels of {profile.gpu}, the cluster's device is {scenario.cluster.device}; "
+                    f"{path}: kernels of {profile.gpu}, the cluster's device is {name}; "
                     "use a profile of it, or another cluster.device"
                 )
         return KernelCosts(profiles, cluster)
     if len(paths) > 1:
         raise InputError(f"{paths[0]}: only profiles of kernels go together; give a calibration of this machine alone")
-    return Calibrated(_of_this_machine(Profile.parse(documents[0], paths[0]), paths[0], scenario.cluster.device))
+    if scenario.execution.extent == "whole":
+        raise InputError(
+            f"{paths[0]}: a calibration of this machine prices the MoE layers alone; set execution.extent: moe"
+        )
+    return Calibrated(_of_this_machine(Profile.parse(documents[0], paths[0]), paths[0], cluster))
 
 
 def profile_paths(scenario: Scenario) -> list[Path]:
@@ -40,7 +46,8 @@ def profile_paths(scenario: Scenario) -> list[Path]:
         return []
     if isinstance(scenario.costs, Path):
         return [scenario.costs]
-    gpu = scenario.cluster.device
+    device = make_cluster(scenario).device
+    gpu = "cpu" if device is None else device.measured_as
     return [Path(name) if name.endswith(".json") else shipped_profile(gpu, name) for name in scenario.costs]
 
 
@@ -52,11 +59,12 @@ def calibration(scenario: Scenario) -> Profile | None:
     return Profile.parse(document, paths[0])
 
 
-def _of_this_machine(profile: Profile, path: Path, device: str) -> Profile:
-    needed = "cpu" if device == "cpu" else "cuda"
+def _of_this_machine(profile: Profile, path: Path, cluster: Cluster) -> Profile:
+    needed = "cpu" if cluster.device is None else "cuda"
     if profile.device != needed:
+        name = "cpu" if cluster.device is None else cluster.device.name
         raise InputError(
-            f"{path}: measured on {profile.device} ranks, the cluster's are {device}; "
+            f"{path}: measured on {profile.device} ranks, the cluster's are {name}; "
             f"use a profile of moeroute calibrate --device {needed}, or another cluster.device"
         )
     return profile

@@ -13,6 +13,8 @@ def study_identity(replays: Replays) -> str:
     scenario = replays.scenario
     document = scenario.model_dump(mode="json", by_alias=True, exclude={"trace", "costs", "study"})
     costs = [path.read_text(encoding="utf-8") for path in profile_paths(scenario)]
+    if scenario.cluster.file is not None:
+        costs.append(scenario.cluster.file.read_text(encoding="utf-8"))
     study = scenario.study.model_dump(mode="json", exclude={"trials"})
     content = json.dumps([document, study, costs, trace_digest(replays.trace)], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()

@@ -6,10 +6,11 @@ from typing import Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from cost_models.cluster import Cluster, cpu_box, gpu_cluster
-from cost_models.devices import device, dtype_bytes
+from cost_models.cluster import Cluster
+from cost_models.devices import dtype_bytes
 from router.placement import place
 from router.placement.base import Placement, check_slots
+from sim.layout import Layout
 from sim.lower import Work
 from sim.replay import Fidelity, Replay
 from sim.report import Report
@@ -20,6 +21,7 @@ from traces.presets import preset
 from traces.store import read_trace
 from traces.synthetic import synthetic_trace
 from traces.trace import RoutingTrace
+from tuner.clusters import make_cluster
 from tuner.costs import make_costs
 from tuner.scenario import Config, Scenario, SyntheticTrace
 
@@ -40,9 +42,10 @@ class Replays:
         """Read what the scenario names (but for a `trace` that is given); `InputError` if it does not fit together."""
         trace = _in_weights(trace or load_trace(scenario), scenario.weights)
         check_width("config", scenario.config.routing_policy().selection.width, trace)
-        check_slots(slots_of(scenario.config, trace), scenario.cluster.ranks, trace.model.experts)
-        scenario = fit_space(scenario, trace)
         cluster = make_cluster(scenario)
+        layout = Layout.on(cluster, **scenario.layout.model_dump())
+        check_slots(slots_of(scenario.config, trace), layout.expert_groups, trace.model.experts)
+        scenario = fit_space(scenario, trace, layout.expert_groups)
         costs = make_costs(scenario, cluster)
         plan, *others = split_requests(trace, scenario.windows.shares)
         names: tuple[Window, Window] = ("tune", "validate")
@@ -53,11 +56,16 @@ class Replays:
                     window,
                     phase=scenario.batch.phase,
                     tokens_per_rank=scenario.batch.tokens_per_rank,
-                    ranks=scenario.cluster.ranks,
+                    ranks=cluster.ranks,
                     limit=scenario.batch.steps,
                 ),
                 cluster=cluster,
                 costs=costs,
+                phase=scenario.batch.phase,
+                layout=layout,
+                execution=scenario.execution.execution(),
+                disturbance=scenario.disturbance.disturbance(scenario.seed),
+                sampled_layers=scenario.sampled_layers,
                 protocol=scenario.protocol,
                 dispatch_dtype=scenario.dispatch_dtype,
                 kv_tokens_per_rank=scenario.batch.kv_tokens_per_rank,
@@ -66,12 +74,22 @@ class Replays:
         }
         return cls(scenario=scenario, trace=trace, planned_loads_LE=plan.loads_LE(), windows=windows)
 
+    @property
+    def cluster(self) -> Cluster:
+        """What it runs on."""
+        return self.windows["tune"].cluster
+
+    @property
+    def layout(self) -> Layout:
+        """How its ranks share the model."""
+        return self.windows["tune"].shared
+
     def placement(self, config: Config) -> Placement:
         """Where the config puts the experts, planned on the first window's loads."""
         return place(
             config.placement.algorithm,
             self.planned_loads_LE,
-            ranks=self.scenario.cluster.ranks,
+            ranks=self.layout.expert_groups,
             slots=slots_of(config, self.trace),
             seed=self.scenario.seed,
         )
@@ -84,7 +102,7 @@ class Replays:
         fidelity: Fidelity | None = None,
         intervals: bool = False,
         name: str = "",
-    ) -> tuple[Report, list[Timeline], list[Work]]:
+    ) -> tuple[Report, list[Timeline], list[tuple[Work, ...]]]:
         """Replay one window under one config."""
         return self.windows[window].run(
             config.routing_policy(),
@@ -106,12 +124,12 @@ def check_width(field: str, width: int, trace: RoutingTrace) -> None:
         )
 
 
-def fit_space(scenario: Scenario, trace: RoutingTrace) -> Scenario:
+def fit_space(scenario: Scenario, trace: RoutingTrace, expert_groups: int) -> Scenario:
     """The scenario with a search space that the trace and cluster can serve.
 
     The default range of k is cut to the candidates that the trace has, the default slots are the config's. What the
     user wrote is not touched: `InputError` if it asks for more experts than there are candidates, or for redundant
-    slots that do not divide over the ranks.
+    slots that do not divide over the `expert_groups` (ranks, where each has experts of its own).
     """
     space = scenario.study.space
     low, high = space.k
@@ -119,7 +137,7 @@ def fit_space(scenario: Scenario, trace: RoutingTrace) -> Scenario:
     space = space.model_copy(update={name: v for name, v in fitting.items() if name not in space.model_fields_set})
     check_width("study.space.k", space.k[1], trace)
     for redundant in space.redundant_slots:
-        check_slots(trace.model.experts + redundant, scenario.cluster.ranks, trace.model.experts)
+        check_slots(trace.model.experts + redundant, expert_groups, trace.model.experts)
     return scenario.model_copy(update={"study": scenario.study.model_copy(update={"space": space})})
 
 
@@ -148,10 +166,3 @@ def _in_weights(trace: RoutingTrace, weights: str | None) -> RoutingTrace:
         return trace
     model = replace(trace.model, weight_bytes=dtype_bytes(weights), weight_dtype=weights)
     return replace(trace, model=model)
-
-
-def make_cluster(scenario: Scenario) -> Cluster:
-    """The scenario's cluster."""
-    if scenario.cluster.device == "cpu":
-        return cpu_box(scenario.cluster.ranks)
-    return gpu_cluster(device(scenario.cluster.device), scenario.cluster.ranks)

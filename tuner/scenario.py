@@ -10,11 +10,15 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
+from cost_models.cluster import PRESET_CLUSTERS
 from cost_models.devices import DEVICES, DTYPE_BYTES, known_dtype
 from cost_models.kernel_profile import FRAMEWORKS
 from router.capacity import Capacity
 from router.placement import PLACEMENTS
 from router.policies import SELECTIONS, RoutingPolicy, make_selection
+from sim.execution import GRAPH_BUCKETS, OVERLAP_PACE, Execution, Extent, Overlap
+from sim.faults import Disturbance, Fault
+from sim.lower import Protocol
 from traces.errors import InputError
 
 Count = Annotated[int, Field(ge=1)]
@@ -37,16 +41,87 @@ class SyntheticTrace(_Strict):
 
 
 class ClusterChoice(_Strict):
-    """Ranks and what they are: a GPU by its datasheet's name, or `cpu` for processes of this host."""
+    """The ranks, what they are and how they reach each other, in one of three ways.
 
-    device: str
-    ranks: int = Field(gt=0)
+    `device` and `ranks`: a GPU by its datasheet's name, on a `fabric` between nodes whose leaves have
+    `oversubscription` times as much bandwidth below as above; or `cpu` for processes of this host. `preset`: a cluster
+    by name. `file`: a cluster of your own. `degrade`: what is slow or lost in it, as `gpu3=0.8`, `nic5-leaf5=0.5` or
+    `rank7=lost`.
+    """
+
+    device: str | None = None
+    ranks: int | None = Field(default=None, gt=0)
+    preset: str | None = None
+    file: Path | None = None
+    fabric: Literal["rail", "fat_tree", "flat"] = "rail"
+    oversubscription: float = Field(default=1.0, ge=1, allow_inf_nan=False)
+    degrade: list[str] = Field(default_factory=list)
 
     @model_validator(mode="after")
-    def _known_device(self) -> Self:
-        if self.device != "cpu" and self.device not in DEVICES:
+    def _one_way(self) -> Self:
+        ways = [self.device is not None or self.ranks is not None, self.preset is not None, self.file is not None]
+        if sum(ways) != 1:
+            raise ValueError("give device and ranks, or a preset, or a file")
+        if ways[0] and (self.device is None or self.ranks is None):
+            raise ValueError(f"{'ranks' if self.ranks is None else 'device'} is missing; add it")
+        of_fabric = [
+            name
+            for name, is_set in (("fabric", self.fabric != "rail"), ("oversubscription", self.oversubscription != 1))
+            if is_set
+        ]
+        if of_fabric and (not ways[0] or self.device == "cpu"):
+            kind = "a preset" if self.preset else "a file" if self.file else "the cpu"
+            raise ValueError(f"{of_fabric[0]} goes with a GPU's name and ranks, not with {kind}; remove it")
+        if self.device not in (None, "cpu", *DEVICES):
             raise ValueError(f"unknown device {self.device!r}; known are cpu, {', '.join(DEVICES)}")
+        if self.preset not in (None, *PRESET_CLUSTERS):
+            raise ValueError(f"unknown preset {self.preset!r}; known are {', '.join(PRESET_CLUSTERS)}")
         return self
+
+
+class LayoutChoice(_Strict):
+    """How ranks share the model; see `sim.layout.Layout`."""
+
+    attention_tensor: int = Field(default=1, ge=1)
+    expert_tensor: int = Field(default=1, ge=1)
+
+
+class ExecutionChoice(_Strict):
+    """How an engine runs a step; see `sim.execution.Execution`."""
+
+    extent: Extent = "whole"
+    overlap: Overlap = "none"
+    graph_buckets: list[Count] = Field(default=list(GRAPH_BUCKETS))
+    launch_s: float = Field(default=5e-6, ge=0, allow_inf_nan=False)
+    host_gap_s: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    comm_sms: int = Field(default=20, ge=0)
+    overlap_pace: float = Field(default=OVERLAP_PACE, gt=0, le=1)
+    kv_dtype: Literal["bfloat16", "fp8"] = "bfloat16"
+    attention_dtype: str | None = None
+
+    def execution(self) -> Execution:
+        """The same for the simulator."""
+        return Execution(**{**self.model_dump(), "graph_buckets": tuple(self.graph_buckets)})
+
+
+class DisturbanceChoice(_Strict):
+    """What the event simulation adds; see `sim.faults.Disturbance`. Faults as `rank7=lost@0.012` (seconds)."""
+
+    jitter: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    faults: list[str] = Field(default_factory=list)
+    detect_s: float = Field(default=0.1, ge=0, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _faults_can_be_read(self) -> Self:
+        for fault in self.faults:
+            Fault.parse(fault)
+        return self
+
+    def disturbance(self, seed: int) -> Disturbance:
+        """The same for the simulator."""
+        return Disturbance(
+            jitter=self.jitter, seed=seed, faults=tuple(map(Fault.parse, self.faults)), detect_s=self.detect_s
+        )
 
 
 class Batch(_Strict):
@@ -184,6 +259,7 @@ class Scenario(_Strict):
     `costs` is `datasheet`, the path of a profile, or measured kernels: frameworks whose profiles come with moeroute,
     or paths of such profiles, in order of preference. `weights` is the format of the experts' weights, where they do
     not run in the model's own; `dispatch_dtype` that of dispatched tokens, where it is not the activations'.
+    `sampled_layers`: simulate so many MoE layers, each for its neighbours too.
     """
 
     version: Literal[1]
@@ -202,9 +278,13 @@ class Scenario(_Strict):
     weights: str | None = None
     batch: Batch
     config: Config
-    protocol: Literal["per_expert", "per_rank"] = "per_expert"
+    layout: LayoutChoice = LayoutChoice()
+    execution: ExecutionChoice = ExecutionChoice()
+    disturbance: DisturbanceChoice = DisturbanceChoice()
+    protocol: Protocol = "per_expert"
     dispatch_dtype: Literal["bfloat16", "fp8", "nvfp4"] | None = None
     fidelity: Literal["analytic", "event"] = "event"
+    sampled_layers: Count | None = None
     windows: Windows = Windows()
     study: StudyChoice = StudyChoice()
     seed: int = Field(default=0, ge=0)
@@ -236,6 +316,8 @@ def read_scenario(path: Path) -> Scenario:
         for field in ("trace", "costs")
         if isinstance(value := getattr(scenario, field), Path)
     }
+    if scenario.cluster.file is not None:
+        beside["cluster"] = scenario.cluster.model_copy(update={"file": path.parent / scenario.cluster.file})
     if isinstance(scenario.costs, list):
         beside["costs"] = [str(path.parent / c) if c.endswith(".json") else c for c in scenario.costs]
     return scenario.model_copy(update=beside)

@@ -134,7 +134,7 @@ def validate(
     window = replays.windows["validate"]
     progress(0.0, "predicting")
     reports = [replays.run(c.config, window="validate", fidelity="event", name=c.name)[0] for c in contenders]
-    progress(0.05, f"running {len(contenders)} configs on {scenario.cluster.ranks} ranks, {rounds} rounds")
+    progress(0.05, f"running {len(contenders)} configs on {replays.cluster.ranks} ranks, {rounds} rounds")
     deployments = [
         Deployment(
             policy=c.config.routing_policy(),
@@ -155,7 +155,7 @@ def validate(
                 reference.corpus,
                 contender.config.routing_policy(),
                 sequences=_LOSS_SEQUENCES,
-                ranks=scenario.cluster.ranks,
+                ranks=replays.cluster.ranks,
                 tokens_per_rank=scenario.batch.tokens_per_rank,
             )
         )
@@ -189,7 +189,7 @@ def validate(
     confirmed, verdict = judge(runs)
     return Validation(
         device=device,
-        ranks=scenario.cluster.ranks,
+        ranks=replays.cluster.ranks,
         rounds=rounds,
         runs=tuple(runs),
         mape=float(np.abs(predicted_C / measured_C - 1).mean()),

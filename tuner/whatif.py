@@ -20,6 +20,8 @@ FIELDS = {
     "tokens_per_rank": "batch.tokens_per_rank",
     "placement": "config.placement.algorithm",
     "redundant_slots": "config.placement.redundant_slots",
+    "overlap": "execution.overlap",
+    "oversubscription": "cluster.oversubscription",
 }
 
 

@@ -35,6 +35,7 @@ def demo(
     from traces.files import write_json, write_text
     from traces.stats import trace_stats
     from traces.store import write_trace
+    from tuner.clusters import make_cluster
     from tuner.html import ReportPage, write_html
     from tuner.replays import Replays
     from tuner.scenario import read_scenario
@@ -43,7 +44,8 @@ def demo(
     scenario_path = out / "scenario.yaml"
     write_text(scenario_path, _SCENARIO.read_text(encoding="utf-8") + f"seed: {seed}\n")
     scenario = read_scenario(scenario_path)
-    require_device(device, scenario.cluster.ranks)
+    ranks = make_cluster(scenario).ranks
+    require_device(device, ranks)
 
     _stage(1, "reference model: a byte-level mixture of experts, trained once and kept in the cache")
     reference = model_command.load()
@@ -56,7 +58,7 @@ def demo(
         trace.print_stats(recorded, stats)
 
     _stage(3, "calibrate: what this machine takes for each operation")
-    profile = calibrate.measure(device, scenario.cluster.ranks, recorded.model)
+    profile = calibrate.measure(device, ranks, recorded.model)
     profile.write(out / calibrate.PROFILE_FILE)
     if not json:
         calibrate.print_profile(profile)
@@ -116,7 +118,7 @@ def _in_words(replays: "Replays") -> tuple[str, ...]:
             f"hidden size {model.hidden}, expert size {model.expert_hidden}."
         ),
         (
-            f"Cluster: {scenario.cluster.ranks} ranks on {scenario.cluster.device}, "
+            f"Cluster: {replays.cluster.name}, "
             f"{scenario.batch.tokens_per_rank} {scenario.batch.phase} tokens a rank and step."
         ),
         f"Baseline: {scenario.config.describe()}.",

@@ -47,7 +47,7 @@ def validate(
     from tuner.study import StudyResult
 
     replays = Replays.of(read_scenario(scenario))
-    require_device(device, replays.scenario.cluster.ranks)
+    require_device(device, replays.cluster.ranks)
     contenders = contenders_of(replays, StudyResult.read(study))
     validation = run(replays, contenders, load(), device=device, rounds=rounds)
     write_json(out / VALIDATION_FILE, validation.to_json())

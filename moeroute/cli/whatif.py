@@ -16,7 +16,7 @@ def whatif(
         list[str],
         typer.Option(
             help="name=value,value,…; may be repeated. ranks, gpu, top_k, placement, redundant_slots, "
-            "or a field's path in the scenario."
+            "overlap, oversubscription, or a field's path in the scenario."
         ),
     ],
     json: Json = False,

@@ -11,9 +11,10 @@ import yaml
 from cost_models.kernel_profile import shipped_profile
 from cost_models.profile import Profile
 from traces.errors import InputError
+from tuner.clusters import make_cluster
 from tuner.costs import calibration, make_costs, profile_paths
 from tuner.identity import study_identity
-from tuner.replays import Replays, make_cluster
+from tuner.replays import Replays
 from tuner.scenario import Scenario, read_scenario
 from tuner.whatif import what_if
 
@@ -73,7 +74,8 @@ def test_profiles_of_ones_own_lie_beside_the_scenario(tmp_path: Path) -> None:
 
 
 def test_a_step_on_kernels_has_an_interval_and_says_what_is_extrapolated(tmp_path: Path) -> None:
-    replays = Replays.of(scenario(tmp_path, costs=["trtllm", "nccl"]))
+    moe = {"execution": {"extent": "moe"}}
+    replays = Replays.of(scenario(tmp_path, costs=["trtllm", "nccl"], **moe))
     report, _, _ = replays.run(replays.scenario.config, intervals=True)
     assert report.interval_s is not None
     assert report.interval_s[0] < report.step_s < report.interval_s[1]
@@ -83,9 +85,26 @@ def test_a_step_on_kernels_has_an_interval_and_says_what_is_extrapolated(tmp_pat
     again, _, _ = replays.run(replays.scenario.config)
     assert again.interval_s is None
     assert again.step_s == report.step_s
-    bound, _, _ = Replays.of(scenario(tmp_path)).run(replays.scenario.config, intervals=True)
+    bound, _, _ = Replays.of(scenario(tmp_path, **moe)).run(replays.scenario.config, intervals=True)
     assert bound.step_s < report.step_s
     assert bound.interval_s == (bound.step_s, bound.step_s)
+
+
+def test_a_whole_step_on_kernels(tmp_path: Path) -> None:
+    """Attention, norms, head and sampling come on top; what the MoE kernels do inside is still no stage."""
+    replays = Replays.of(scenario(tmp_path, costs=["trtllm", "nccl"]))
+    report, _, _ = replays.run(replays.scenario.config, intervals=True)
+    assert set(report.stage_s) == {
+        *("embed", "norm", "attention", "head", "sample"),
+        *("gate", "dispatch", "experts", "return"),
+    }
+    moe, _, _ = Replays.of(scenario(tmp_path, costs=["trtllm", "nccl"], execution={"extent": "moe"})).run(
+        replays.scenario.config
+    )
+    assert report.stage_s["experts"] == pytest.approx(moe.stage_s["experts"])
+    assert report.step_s > moe.step_s
+    assert report.interval_s is not None
+    assert report.interval_s[0] < report.step_s < report.interval_s[1]
 
 
 def test_weights_in_another_format_are_other_experts(tmp_path: Path) -> None:
@@ -110,6 +129,28 @@ def test_one_question_on_several_costs(tmp_path: Path) -> None:
     points = what_if(scenario(tmp_path), {"costs": ["datasheet", "trtllm", "sglang"], "dispatch_dtype": ["bfloat16"]})
     assert [point.problem is None for point in points] == [True, True, False]
     assert "have no Gemm like this one" in str(points[2].problem)
+
+
+def test_any_field_of_a_scenario_can_be_varied(tmp_path: Path) -> None:
+    """Fields of the layout, the execution and the network, each point a scenario of its own."""
+    asked = scenario(tmp_path, cluster={"device": "h100_sxm", "ranks": 16}, sampled_layers=2)
+    points = what_if(
+        asked,
+        {
+            "protocol": ["per_rank", "per_node"],
+            "execution.overlap": ["none", "two_batch"],
+            "layout.expert_tensor": [1, 2, 3],
+            "cluster.oversubscription": [1, 4],
+        },
+    )
+    assert len(points) == 2 * 2 * 3 * 2
+    for point in points:
+        if point.values["layout.expert_tensor"] == 3:
+            assert "expert_tensor is 3, which does not divide 16 ranks" in str(point.problem)
+        else:
+            assert point.problem is None
+    out = {point.values["protocol"]: point.report.bytes_by_tier["scale_out"] for point in points if point.report}
+    assert out["per_node"] <= out["per_rank"]
 
 
 @pytest.mark.parametrize(

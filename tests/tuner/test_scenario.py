@@ -13,8 +13,12 @@ from router.capacity import Capacity
 from router.policies.skip import Skip
 from router.policies.top_k import TopK
 from router.policies.top_p import TopP
+from sim.execution import Execution
+from sim.faults import Disturbance, Fault
 from sim.report import Report
 from traces.errors import InputError
+from tuner.clusters import make_cluster
+from tuner.identity import study_identity
 from tuner.replays import Replays
 from tuner.scenario import Config, Scenario, read_scenario
 from tuner.study import tune
@@ -280,7 +284,171 @@ def test_a_profile_of_another_kind_of_device_does_not_price_this_one(
         load_average=0,
     ).write(tmp_path / "profile.json")
     with pytest.raises(InputError, match=f"{profiled}"):
-        prepared(tmp_path, trace=REQUESTS, cluster__device=device, costs="profile.json")
+        prepared(tmp_path, trace=REQUESTS, cluster__device=device, costs="profile.json", execution={"extent": "moe"})
+
+
+def test_a_calibration_of_this_machine_prices_no_whole_step(tmp_path: Path) -> None:
+    Profile(
+        device="cpu", device_name="here", ranks=4, linear={}, curves={}, errors={}, probe_s=(1, 1), load_average=0
+    ).write(tmp_path / "profile.json")
+    with pytest.raises(InputError) as refused:
+        prepared(tmp_path, trace=REQUESTS, cluster__device="cpu", costs="profile.json")
+    assert str(refused.value) == (
+        f"{tmp_path / 'profile.json'}: a calibration of this machine prices the MoE layers alone; "
+        "set execution.extent: moe"
+    )
+
+
+def test_a_cluster_is_a_device_a_preset_or_a_file(tmp_path: Path) -> None:
+    plain = read_scenario(written(tmp_path))
+    assert make_cluster(plain).name == "4 x h100_sxm"
+    preset = read_scenario(written(tmp_path, cluster={"preset": "h800_prefill"}))
+    assert (make_cluster(preset).ranks, make_cluster(preset).nodes) == (32, 4)
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "mine.yaml").write_text("{device: h100_sxm, ranks: 4, ranks_per_node: 2, name: mine}")
+    path = written(tmp_path / "deep", cluster={"file": "../mine.yaml", "degrade": ["gpu1=0.5"]})
+    scenario = read_scenario(path)
+    assert scenario.cluster.file == tmp_path / "deep" / ".." / "mine.yaml"  # beside the scenario, not the caller
+    mine = make_cluster(scenario)
+    assert (mine.name, mine.node_of_G.tolist()) == ("mine with gpu1=0.5", [0, 0, 1, 1])
+    assert mine.speed_G.tolist() == [1, 0.5, 1, 1]
+
+
+def test_a_fabric_goes_with_a_device(tmp_path: Path) -> None:
+    choice = {"device": "h100_sxm", "ranks": 64, "fabric": "fat_tree", "oversubscription": 4}
+    assert make_cluster(read_scenario(written(tmp_path, cluster=choice))).name == "64 x h100_sxm, fat tree 4:1"
+
+
+def test_what_was_written_reaches_the_simulator(tmp_path: Path) -> None:
+    replays = prepared(
+        tmp_path,
+        trace=REQUESTS,
+        layout={"attention_tensor": 2, "expert_tensor": 2},
+        execution={"extent": "whole", "graph_buckets": [4, 8], "host_gap_s": 0.001, "comm_sms": 10, "kv_dtype": "fp8"},
+        disturbance={"jitter": 0.05, "faults": ["gpu3=0.5@0.001"], "detect_s": 0.5},
+        sampled_layers=4,
+        protocol="per_node",
+        seed=3,
+    )
+    replay = replays.windows["tune"]
+    assert (replay.shared.attention_tensor, replay.shared.expert_tensor, replay.shared.expert_groups) == (2, 2, 2)
+    assert replays.placement(replays.scenario.config).ranks == 2  # groups of ranks that share their experts' widths
+    assert replay.execution == Execution(
+        graph_buckets=(4, 8), host_gap_s=0.001, comm_sms=10, kv_dtype="fp8", extent="whole"
+    )
+    assert replay.disturbance == Disturbance(
+        jitter=0.05, seed=3, faults=(Fault(change="gpu3=0.5", at_s=0.001),), detect_s=0.5
+    )
+    assert (replay.sampled_layers, replay.protocol) == (4, "per_node")
+    report, _, _ = replays.run(replays.scenario.config)
+    assert report.stage_s["attention sum"] > 0
+    assert report.stage_s["host gap"] == pytest.approx(0.001, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"cluster": {"device": "h100_sxm"}}, "cluster: ranks is missing; add it"),
+        ({"cluster": {"ranks": 4}}, "cluster: device is missing; add it"),
+        ({"cluster": {}}, "cluster: give device and ranks, or a preset, or a file"),
+        ({"cluster__preset": "h100_node"}, "cluster: give device and ranks, or a preset, or a file"),
+        ({"cluster": {"preset": "h9_node"}}, "cluster: unknown preset 'h9_node'; known are a100_node"),
+        ({"cluster__fabric": "ring"}, "cluster.fabric: input should be 'rail', 'fat_tree' or 'flat' (it is 'ring')"),
+        (
+            {"cluster__oversubscription": 0.5},
+            "cluster.oversubscription: input should be greater than or equal to 1 (it is 0.5)",
+        ),
+        (
+            {"layout": {"expert_tensor": 0}},
+            "layout.expert_tensor: input should be greater than or equal to 1 (it is 0)",
+        ),
+        ({"layout": {"tensor": 2}}, "layout.tensor: unknown key; remove it or correct its name"),
+        ({"execution": {"extent": "half"}}, "execution.extent: input should be 'moe' or 'whole' (it is 'half')"),
+        ({"execution": {"overlap": "some"}}, "execution.overlap: input should be 'none', "),
+        (
+            {"execution": {"graph_buckets": [8, 0]}},
+            "execution.graph_buckets.1: input should be greater than or equal to 1 (it is 0)",
+        ),
+        ({"execution": {"launch_s": -1}}, "execution.launch_s: input should be greater than or equal to 0 (it is -1)"),
+        ({"execution": {"overlap_pace": 0}}, "execution.overlap_pace: input should be greater than 0 (it is 0)"),
+        ({"execution": {"kv_dtype": "int3"}}, "execution.kv_dtype: input should be 'bfloat16' or 'fp8' (it is 'int3')"),
+        (
+            {"disturbance": {"jitter": -0.1}},
+            "disturbance.jitter: input should be greater than or equal to 0 (it is -0.1)",
+        ),
+        (
+            {"disturbance": {"faults": ["rank7"]}},
+            "disturbance: fault 'rank7': not of the form change@seconds, as rank7=lost@0.012",
+        ),
+        ({"sampled_layers": 0}, "sampled_layers: input should be greater than or equal to 1 (it is 0)"),
+        (
+            {"protocol": "per_rack"},
+            "protocol: input should be 'per_expert', 'per_rank' or 'per_node' (it is 'per_rack",
+        ),
+    ],
+    ids=lambda value: re.sub(r"\W+", "-", str(value))[:40] if isinstance(value, dict) else "",
+)
+def test_a_mistake_in_cluster_layout_or_execution_is_named(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    said = refusal(written(tmp_path, **changes))
+    assert said == message or said.startswith(message), said
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"cluster": {"file": "none.yaml"}}, "none.yaml: no such cluster file; presets are a100_node"),
+        ({"cluster__degrade": ["gpu9=0.5"]}, "degrade 'gpu9=0.5': there is no gpu9; the ranks are gpu0 to gpu3"),
+        ({"cluster__degrade": ["gpu1"]}, "degrade 'gpu1': not of the form what=how"),
+        ({"layout": {"expert_tensor": 3}}, "expert_tensor is 3, which does not divide 4 ranks; use a divisor of them"),
+        ({"sampled_layers": 33}, "sampled_layers is 33; use 1 to 32, the model's MoE layers"),
+        (
+            {"execution": {"overlap": "two_batch"}, "batch__tokens_per_rank": 1},
+            "two-batch overlap halves each rank's tokens, and some rank has fewer than 2; use more",
+        ),
+        ({"disturbance": {"faults": ["rank9=lost@0.1"]}}, "there is no rank9; the ranks are gpu0 to gpu3"),
+        (
+            {"cluster": {"preset": "h100_node", "oversubscription": 2.0}},
+            "oversubscription goes with a GPU's name and ranks, not with a preset; remove it",
+        ),
+        ({"cluster": {"device": "cpu", "ranks": 2, "fabric": "fat_tree"}}, "fabric goes with a GPU's name and ranks"),
+    ],
+    ids=["no file", "no such rank", "no change", "tensor", "layers", "halves", "fault", "preset", "cpu"],
+)
+def test_a_cluster_or_layout_that_cannot_be_is_said_before_anything_runs(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError) as refused:
+        prepared(tmp_path, **{"trace": dict(REQUESTS), **changes})
+    assert message in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        # Its latent attention has widths that nobody measured.
+        ({"trace__model": "deepseek-v2", "config__parameters": {"k": 6}}, "the attention of deepseek-v2 is not known"),
+        ({"execution": {"comm_sms": 132}}, "comm_sms is 132, but a h100_sxm has 132 multiprocessors; leave it some"),
+    ],
+    ids=["attention", "multiprocessors"],
+)
+def test_what_a_run_cannot_do_is_one_line_too(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    replays = prepared(tmp_path, **{"trace": dict(REQUESTS), **changes})
+    with pytest.raises(InputError) as refused:
+        replays.run(replays.scenario.config)
+    assert message in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_another_cluster_file_is_another_study(tmp_path: Path) -> None:
+    cluster = tmp_path / "mine.yaml"
+    identities = []
+    for ranks_per_node in (4, 2, 4):
+        cluster.write_text(f"{{device: h100_sxm, ranks: 4, ranks_per_node: {ranks_per_node}}}")
+        identities.append(study_identity(prepared(tmp_path, trace=REQUESTS, cluster={"file": "mine.yaml"})))
+    assert identities[0] == identities[2] != identities[1]
 
 
 def run_or_refused(folder: Path, space: dict[str, Any]) -> list[Config]:
