@@ -37,3 +37,11 @@ def test_what_if_example_gives_every_point():
     assert [(p["ranks"], p["top_k"]) for p in points] == [(8, 4), (8, 8), (64, 4), (64, 8)]
     assert points[0]["report"]["step_s"] < points[1]["report"]["step_s"]
     assert "64 ranks but only 32 expert slots" in points[2]["problem"]
+
+
+def test_simulate_example_prints_what_the_docs_say(tmp_path):
+    scenarios = [EXAMPLES / "simulate_deepseek.yaml", EXAMPLES / "simulate_deepseek_overlap.yaml"]
+    printed = run("-m", "moeroute", "simulate", *scenarios, "--compare", "-o", tmp_path)
+    documented = (EXAMPLES / "README.md").read_text().splitlines()
+    assert [line for line in map(str.rstrip, printed.splitlines()) if line not in documented] == []
+    assert {path.name for path in tmp_path.iterdir()} == {"report.html", "report.json", "timeline.json"}
