@@ -117,13 +117,18 @@ class Cluster:
         to share the links. Bytes a rank sends to itself cross no link. Integer counts need no copy as floats. Where
         the cluster has no links (the processes of one host) nothing is known and everything is 0.
         """
-        if self.graph.number_of_edges() == 0 or self.ranks == 1:
-            return np.zeros(len(bytes_LGG))
-        load_LX, latency_L = self.routes.load(bytes_LGG)
-        if scale == 0:
-            return np.zeros(len(bytes_LGG))
-        slowest_L: NDArray[np.float64] = (load_LX * scale / self.links.bandwidth_X).max(axis=1)
+        slowest_L, latency_L = self.link_load_s(bytes_LGG, scale=scale)
         return slowest_L + latency_L
+
+    def link_load_s(
+        self, bytes_LGG: NDArray[Any], *, scale: float = 1.0
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """The two parts of `port_load_s`: the slowest link's bytes/bandwidth, and the largest latency, L each."""
+        if self.graph.number_of_edges() == 0 or self.ranks == 1 or scale == 0:
+            return np.zeros(len(bytes_LGG)), np.zeros(len(bytes_LGG))
+        load_LX, latency_L = self.routes.load(bytes_LGG)
+        slowest_L: NDArray[np.float64] = (load_LX * scale / self.links.bandwidth_X).max(axis=1)
+        return slowest_L, latency_L
 
     def all_to_all_s(self, bytes_GG: NDArray[Any]) -> float:
         """Seconds until `bytes_GG` [source, destination] have moved: `port_load_s` of one all-to-all."""

@@ -54,6 +54,11 @@ Floats = NDArray[np.float64]
 _FUSED: frozenset[type] = frozenset({Permute, Regroup, Combine, CountExchange})
 _INCLUDED: dict[str, frozenset[type]] = {"trtllm": _FUSED | {Route}}
 
+# Doublings that a kernel for rows that came in any way counts as further away than one made for the way they came.
+_OTHER_MODE = 1.0
+
+_KEPT = 4096  # predictions of single sizes that are kept: more than the sizes of a study
+
 # On the wire only the bytes count.
 _ALIASES = {"half": "bfloat16", "int8": "fp8"}
 
@@ -158,7 +163,9 @@ class KernelCosts:
         if key is None:
             return self._predict(operation)
         if key not in self._seen:
-            self._seen[key] = self._predict(operation)
+            if len(self._seen) >= _KEPT:
+                self._seen.clear()
+            self._seen[key] = self._predict(operation).read_only()
         return self._seen[key]
 
     def _predict(self, operation: Operation) -> Prediction:
@@ -206,17 +213,22 @@ class KernelCosts:
     def _over_links(self, operation: TokenExchange, chosen: _Candidate, seconds_X: Floats) -> Floats:
         """What the exchange takes over the cluster's own links: where they are slower, what moves bytes takes longer.
 
+        Latency that its links have is added once.
+
         Tables were measured on nodes with a port for each rank and networks that block nothing.
         """
         assert operation.traffic is not None
         row = row_bytes(operation.hidden, operation.dtype, operation.direction)
         load = measured_load(operation, row)
         ports_X = np.maximum(load.up / self._device.scale_up, load.out / self._device.scale_out)
-        links_X = self._cluster.port_load_s(bytes_between_ranks(operation))
+        legs_XGG = bytes_between_ranks(operation)
+        shape = legs_XGG.shape[:-2]
+        links_L, latency_L = self._cluster.link_load_s(legs_XGG.reshape(-1, *legs_XGG.shape[-2:]))
+        links_X, latency_X = links_L.reshape(shape), latency_L.reshape(shape)
         empty = replace(operation, tokens_X=np.zeros_like(operation.tokens_X), traffic=operation.traffic.nothing())
         fixed_X = np.minimum(chosen.predict(empty)[0], seconds_X)
         slower_X = np.where(ports_X > 0, links_X / np.where(ports_X > 0, ports_X, 1), 1)
-        return np.asarray(fixed_X + (seconds_X - fixed_X) * slower_X)
+        return np.asarray(fixed_X + (seconds_X - fixed_X) * slower_X + latency_X)
 
     def _latent_block(self, operation: Mla) -> Prediction:
         """Of an engine without a table of the whole block: its kernel and the products around it, one after another."""
@@ -237,17 +249,21 @@ class KernelCosts:
         return reduce(Prediction.then, map(self.predict, parts))
 
     def _choose(self, operation: Operation) -> tuple[_Candidate, Floats, Floats]:
-        """Of the first profile that serves the operation the kernel whose measurements lie nearest, and its answer."""
+        """Of the first profile that serves the operation the kernel whose measurements lie nearest, and its answer.
+
+        Where kernels differ by how rows came, one made for another way than the operation's counts as further away.
+        """
         candidates = self._candidates_for(operation)
-        nearest = None
+        found: list[tuple[float, int, _Candidate, Floats, Floats]] = []
         for candidate in candidates:
             if candidate.profile is not candidates[0].profile:
                 break
             seconds_X, beyond_X = candidate.predict(operation)
-            if nearest is None or beyond_X.mean() < nearest[2].mean():
-                nearest = candidate, seconds_X, beyond_X
-        assert nearest is not None
-        return nearest
+            fits = not isinstance(operation, Experts) or getattr(candidate.kernel, "made_for", "") == operation.mode
+            away = float(beyond_X.mean()) + (0.0 if fits else _OTHER_MODE)
+            found.append((away, len(found), candidate, seconds_X, beyond_X))
+        _, _, chosen, seconds_X, beyond_X = min(found, key=lambda one: one[:2])
+        return chosen, seconds_X, beyond_X
 
     def _serving(self, operation: Operation) -> list[_Candidate]:
         return [c for c in self._candidates if c.kernel.serves(operation, op=c.fitted.op)]
@@ -321,7 +337,7 @@ def _key(operation: Operation) -> tuple[Any, ...] | None:
         if isinstance(value, np.ndarray):
             if value.size > 1:
                 return None
-            value = (value.shape, *value.ravel().tolist())
+            value = (value.dtype, value.shape, *value.ravel().tolist())
         elif isinstance(value, Traffic):
             return None
         values.append(value)

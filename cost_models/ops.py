@@ -293,6 +293,13 @@ class Prediction:
             extrapolated_X=self.extrapolated_X | other.extrapolated_X,
         )
 
+    def read_only(self) -> "Prediction":
+        """The same, whose arrays nobody can write to: for answers that are kept."""
+        for array_X in (self.seconds_X, self.low_s_X, self.high_s_X, self.extrapolated_X):
+            if isinstance(array_X, np.ndarray):
+                array_X.setflags(write=False)
+        return self
+
     @classmethod
     def unmeasured(cls, seconds_X: NDArray[np.float64]) -> "Prediction":
         """Of a model that stands on no measurements: no intervals, and nothing to lie beyond."""

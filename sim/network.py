@@ -52,7 +52,8 @@ class Network:
                 break
             spent_s = max(change_s - start_s, spent_s)
             bytes_GG, now = moved.remaining_GG, cluster
-        return spent_s + price * max_min_makespan_s(now, bytes_GG)
+        _, latency_L = now.link_load_s(bytes_GG[None])  # which the fixed part has once
+        return spent_s + price * (max_min_makespan_s(now, bytes_GG) - float(latency_L[0]))
 
     def _since(self, start_s: float) -> tuple[Cluster, Sequence[tuple[float, Cluster]]]:
         """The cluster at `start_s`, and its changes after that."""
@@ -71,7 +72,8 @@ class Network:
         assert exchange.traffic is not None
         one = replace(exchange, tokens_X=np.asarray(exchange.tokens_X)[row : row + 1], traffic=exchange.traffic.at(row))
         bytes_GG = bytes_between_ranks(one)[0]
-        return bytes_GG, float(self.cluster.port_load_s(bytes_GG[None])[0]), self._fixed_s(one)
+        links_L, latency_L = self.cluster.link_load_s(bytes_GG[None])
+        return bytes_GG, float(links_L[0]), self._fixed_s(one) + float(latency_L[0])
 
     def _fixed_s(self, exchange: TokenExchange) -> float:
         assert exchange.traffic is not None

@@ -7,17 +7,26 @@ The measured tables name a distribution, not the rows of each expert. The sample
 describe (NVIDIA AIConfigurator, collector/helper.py): `balanced` gives token i the experts i + j·stride for j < top-k,
 stride = ⌈experts / top-k⌉ (spread out where there are fewer tokens than that); `power_law_<alpha>` draws a number for
 every expert by inverse CDF from x^-alpha on [1, 0.8·tokens] (on [0.01, 2] where pairs are no more than experts), scales
-them to the pairs, rounds, caps each at one pair a token, makes the sum right rank by rank, and times the busiest rank.
+them to the pairs, rounds, caps each at one pair a token, makes the sum right, and times the busiest rank.
+
+Which experts make the sum right has changed twice. It decides the load where most experts round to no row: one token's
+eight pairs then all lie on one rank, or on eight. See `LeftOver`.
 """
 
 from dataclasses import dataclass, fields
 from functools import cache
+from typing import Literal
 
 import numba
 import numpy as np
 from numpy.typing import NDArray
 
 from cost_models.ops import Array
+
+# Who gets the pairs that rounding and the cap left over, one each, from the first collectors to the latest: the largest
+# experts (which had no cap); the smallest, of equal ones the last, so that they are neighbours on the last rank; the
+# smallest of each rank in turn. Where placement is planned it has always been the smallest.
+LeftOver = Literal["largest", "smallest", "ranks"]
 
 DRAWS = 16  # of each distribution; the tables average one or five of their own, so that an expectation is what is known
 
@@ -91,13 +100,13 @@ def expected_load(
     distribution_N: Array,
     width_N: Array,
     near_tokens_N: Array | None = None,
-    to_largest: bool = False,
+    left_over: LeftOver = "ranks",
 ) -> ExpertLoad:
     """The expected load of the timed rank of each table row.
 
     `tokens_N` of all ranks together; `slots_N` more than `experts_N` where hot experts have replicas.
     `near_tokens_N`: the timed rank's distinct tokens where a table says them: the draws that come closest count.
-    `to_largest`: what rounding left over went to the largest experts one by one, as the first collectors did.
+    `left_over`: the collector's rule for what rounding left over.
     """
     names, code_N = np.unique(np.asarray(distribution_N), return_inverse=True)
     near_N = np.full(len(code_N), -1) if near_tokens_N is None else near_tokens_N
@@ -106,7 +115,7 @@ def expected_load(
     )
     loads = []
     for tokens, topk, experts, slots, ranks, code, near in keys.tolist():
-        drawn_DL = _drawn(tokens, topk, experts, slots, ranks, str(names[code]), to_largest)
+        drawn_DL = _drawn(tokens, topk, experts, slots, ranks, str(names[code]), left_over)
         if near >= 0:
             away_D = np.abs(drawn_DL[:, 5] - near)
             drawn_DL = drawn_DL[away_D == away_D.min()]
@@ -117,7 +126,7 @@ def expected_load(
 
 @cache
 def _drawn(
-    tokens: int, topk: int, experts: int, slots: int, ranks: int, distribution: str, to_largest: bool
+    tokens: int, topk: int, experts: int, slots: int, ranks: int, distribution: str, left_over: LeftOver
 ) -> NDArray[np.float64]:
     """The timed rank's load in each of D draws, shape [D, L]."""
     if distribution == "balanced":
@@ -127,7 +136,9 @@ def _drawn(
     alpha = float(distribution.removeprefix("power_law_").removesuffix("_eplb"))
     load_DL = np.empty((DRAWS, _ENTRIES))
     chance_DE = np.random.default_rng(0).random((DRAWS, experts))
-    _power_law(chance_DE, (tokens, topk, slots, ranks, alpha, distribution.endswith("_eplb"), to_largest), load_DL)
+    planned = distribution.endswith("_eplb")
+    rule = "smallest" if planned else left_over
+    _power_law(chance_DE, (tokens, topk, slots, ranks, alpha, planned), rule, load_DL)
     return load_DL
 
 
@@ -175,8 +186,8 @@ def _balanced(tokens: int, topk: int, experts: int, ranks: int) -> Array:
 
 
 @numba.njit(cache=True)
-def _power_law(chance_DE: Array, setting: tuple[int, int, int, int, float, bool, bool], load_DL: Array) -> None:
-    tokens, topk, slots, ranks, alpha, planned, to_largest = setting
+def _power_law(chance_DE: Array, setting: tuple[int, int, int, int, float, bool], rule: str, load_DL: Array) -> None:
+    tokens, topk, slots, ranks, alpha, planned = setting
     draws, experts = chance_DE.shape
     pairs = tokens * topk
     low, high = (1.0, 0.8 * tokens) if pairs > experts else (0.01, 2.0)
@@ -184,9 +195,11 @@ def _power_law(chance_DE: Array, setting: tuple[int, int, int, int, float, bool,
     for d in range(draws):
         x_E = ((high**power - low**power) * chance_DE[d] + low**power) ** (1 / power)
         counts_E = np.rint(x_E / x_E.sum() * pairs).astype(np.int64)
-        short = pairs - counts_E.sum()
-        if to_largest or (planned and short < 0):
-            _correct(counts_E, short)
+        if rule == "smallest":
+            _fill_smallest(counts_E, tokens)
+            _correct(counts_E, pairs - counts_E.sum(), False, tokens)
+        elif rule == "largest":
+            _correct(counts_E, pairs - counts_E.sum(), True, pairs)
         counts_E = np.minimum(counts_E, tokens)
         _spread(counts_E.reshape((1 if planned else ranks), -1), pairs - counts_E.sum(), tokens)
         if planned:
@@ -197,15 +210,30 @@ def _power_law(chance_DE: Array, setting: tuple[int, int, int, int, float, bool,
 
 
 @numba.njit(cache=True)
-def _correct(counts_E: Array, short: int) -> None:
-    """Add `short` rows to the largest experts, one each, or take them from the smallest that have any."""
-    order = np.argsort(-counts_E, kind="mergesort")
-    for i in range(abs(short)):
-        if short > 0:
-            counts_E[order[i % len(order)]] += 1
-        else:
-            e = order[-1 - i % len(order)]
-            counts_E[e if counts_E[e] > 0 else np.argmax(counts_E)] -= 1
+def _fill_smallest(counts_E: Array, bound: int) -> None:
+    """Move what is beyond `bound` to the smallest expert until that is full, then to the next."""
+    beyond = np.maximum(counts_E - bound, 0).sum()
+    counts_E[:] = np.minimum(counts_E, bound)
+    for e in np.argsort(-counts_E, kind="mergesort")[::-1]:
+        give = min(bound - counts_E[e], beyond)
+        counts_E[e] += give
+        beyond -= give
+
+
+@numba.njit(cache=True)
+def _correct(counts_E: Array, short: int, largest_first: bool, bound: int) -> None:
+    """Add `short` rows, one each up to `bound`, to the largest experts or the smallest; or take them from these."""
+    descending = np.argsort(-counts_E, kind="mergesort")
+    ascending = descending[::-1].copy()
+    order = descending if largest_first else ascending
+    while short > 0 and counts_E.min() < bound:
+        for e in order:
+            if short > 0 and counts_E[e] < bound:
+                counts_E[e] += 1
+                short -= 1
+    for i in range(-short):
+        e = ascending[i % len(ascending)]
+        counts_E[e if counts_E[e] > 0 else np.argmax(counts_E)] -= 1
 
 
 @numba.njit(cache=True)

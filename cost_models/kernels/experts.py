@@ -17,7 +17,7 @@ from cost_models.boosting import Boosting
 from cost_models.description import Description
 from cost_models.devices import DEVICES, Device, dtype_bytes
 from cost_models.kernels.base import LAUNCH_S, Columns, TableKind, Timing, hashed_folds, leave_one_out
-from cost_models.kernels.expert_load import ExpertLoad, expected_load, load_of_rows
+from cost_models.kernels.expert_load import ExpertLoad, LeftOver, expected_load, load_of_rows
 from cost_models.ops import Array, Experts, Operation
 from cost_models.units import MS, US
 
@@ -42,7 +42,15 @@ _SLICE = (*_CONFIG, "moe_tp_size", "moe_ep_size", "distribution")
 _SUSPECT_TOKENS = 512  # up to here the weights read decide the time
 _SUSPECT_RATIO = 1.5
 _MOST_SUSPECTS = 0.25  # of a dtype's rows: where more seem wrong, it is the physics that is
-_FIRST_VERSIONS = ("1.0.0",)  # of TRT-LLM, whose tables were drawn by another rule
+# The rules of older collectors and the GPUs whose tables of that style and version they made. No table says which; its
+# rows of fewest tokens tell. By `smallest` a token on 32 ranks takes as long as eight experts' weights and on 64 ranks
+# as four's, by the latest rule as one's on both. Context tables have no such rows: none is known to be older.
+_LEFT_OVER: Mapping[tuple[Style, str], tuple[LeftOver, tuple[str, ...]]] = {
+    ("trtllm", "1.0.0"): ("largest", tuple(DEVICES)),
+    ("wideep_generation", "0.5.6.post2"): ("largest", ("h100_sxm", "h200_sxm")),
+    ("wideep_generation", "0.5.10"): ("smallest", ("h200_sxm", "b200_sxm")),
+    ("wideep_trtllm", "1.3.0rc10"): ("smallest", ("h100_sxm", "h200_sxm", "b200_sxm", "gb200", "b300_sxm", "gb300")),
+}
 # Roughly; prices are fitted: seconds of the kernels (sort, two products, add) to launch, of one for each slot, and of a
 # tile for each element of the inner dimension.
 _LAUNCHES_S, _SLOT_S, _STEP_S = 4 * LAUNCH_S, 0.5 * US, 3e-9
@@ -86,7 +94,7 @@ class ExpertsKernel:
             distribution_N=columns["distribution"],
             near_tokens_N=columns.get("rank0_num_tokens"),
             width_N=columns["inter_size"] / columns["moe_tp_size"],
-            to_largest=str(columns.get("version", np.array([""]))[0]) in _FIRST_VERSIONS,
+            left_over=self._left_over(columns, device),
         )
         source_N = columns["kernel_source"].astype(str)
         # A TRT-LLM rank sees all tokens, as does SGLang's after a normal dispatch; the others only those with rows.
@@ -107,10 +115,20 @@ class ExpertsKernel:
             device,
         )
 
+    def _left_over(self, columns: Columns, device: Device) -> LeftOver:
+        """The collector's rule for the pairs that rounding left over."""
+        version = str(columns.get("version", np.array([""]))[0])
+        rule, gpus = _LEFT_OVER.get((self.style, version), ("ranks", ()))
+        return rule if device.name in gpus else "ranks"
+
     def serves(self, operation: Operation, *, op: str) -> bool:
         """Expert MLPs; those of SGLang's wide expert parallelism if their rows came in the mode that they are for."""
-        mode = _MODE.get(self.style)
-        return isinstance(operation, Experts) and mode in (None, operation.mode)
+        return isinstance(operation, Experts) and self.made_for in ("", operation.mode)
+
+    @property
+    def made_for(self) -> str:
+        """The mode in which its rows must have come; empty: any."""
+        return _MODE.get(self.style, "")
 
     def describe(self, operation: Experts, device: Device) -> Description:
         """The same of operations. Their kernel is the framework's own choice unless they name one."""

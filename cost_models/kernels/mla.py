@@ -5,7 +5,7 @@ and results, so that all heads read one latent key (DeepSeek-V2, arXiv:2405.0443
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -33,6 +33,7 @@ from cost_models.units import MS
 HIDDEN = 7168
 QUERY_LATENT = 1536
 ROPE = 64
+DOWN = QUERY_LATENT + LATENT + ROPE  # columns of the product that gives both latents and the rotated key
 
 _TILE = 128  # queries of a thread block at prefill and keys that it takes at once, as in attention.py
 _DECODE_HEADS = 64  # heads of a thread block at decode: FlashMLA's tile
@@ -53,10 +54,16 @@ class _Work(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MlaKernel:
-    """The attention alone, or with its projections: queries down and up, latent down and up, results out."""
+    """The attention alone, or with its projections: queries down and up, latent down and up, results out.
+
+    `without_down`: the rows time a block that is given the projections down to the latents of queries and cache.
+    `cache`: the cache's real dtype, where the column that tells it is wrong.
+    """
 
     phase: Phase
     part: Literal["kernel", "block"]
+    without_down: bool = False
+    cache: str = ""
     boosting: Boosting = field(default_factory=lambda: Boosting(trees=180, depth=4, learning_rate=0.2))
 
     def describe_table(self, columns: Columns, *, op: str, dtype: str, device: Device) -> Description:
@@ -64,7 +71,7 @@ class MlaKernel:
         return self._describe(
             *requests_of(columns, self.phase),
             columns["num_heads"],
-            dtype_bytes_of(columns["kv_cache_dtype"]),
+            dtype_bytes(self.cache) if self.cache else dtype_bytes_of(columns["kv_cache_dtype"]),
             gemm_dtype=dtype,
             source=columns["kernel_source"],
             device=device,
@@ -90,11 +97,12 @@ class MlaKernel:
     def _describe(self, *sizes: Any, gemm_dtype: str, source: NDArray[np.str_] | str, device: Device) -> Description:
         work = _Work(*at_least_one_token(*sizes))
         kernel = _prefill(work, device) if self.phase == "prefill" else _decode(work, device)
-        block = _around(work, kernel, self.phase, gemm_dtype, device) if self.part == "block" else kernel
+        if self.part == "block":
+            kernel = _around(work, kernel, self.phase, gemm_dtype, device, without_down=self.without_down)
         return Description(
-            bound_s=block.bound_s,
-            stages={"launch": {"call": np.full(work.batch.shape, LAUNCH_S)}, **block.stages},
-            features=block.features,
+            bound_s=kernel.bound_s,
+            stages={"launch": {"call": np.full(work.batch.shape, LAUNCH_S)}, **kernel.stages},
+            features=kernel.features,
             source=source,
         )
 
@@ -207,13 +215,15 @@ def _decode(work: _Work, device: Device) -> Description:
     )
 
 
-def _around(work: _Work, kernel: Description, phase: Phase, gemm_dtype: str, device: Device) -> Description:
+def _around(
+    work: _Work, kernel: Description, phase: Phase, gemm_dtype: str, device: Device, *, without_down: bool
+) -> Description:
     """The block: projections before and after the kernel. The up-projection of keys covers what is cached, too."""
     tokens = work.batch * work.new
     weight_bytes = dtype_bytes(gemm_dtype)
     shape_X = work.batch.shape
-    dense = [
-        (1, tokens, QUERY_LATENT + LATENT + ROPE, HIDDEN),
+    dense: list[tuple[Any, ...]] = [] if without_down else [(1, tokens, DOWN, HIDDEN)]
+    dense += [
         (1, tokens, work.heads * (NOPE + ROPE), QUERY_LATENT),
         (1, tokens, HIDDEN, work.heads * VALUE),
     ]
@@ -259,6 +269,18 @@ _KEYS = (
 )
 
 
+def _wide_ep(name: str, phase: Phase, package_file: str, *, size: str = "isl") -> TableKind:
+    """SGLang's attention module in wide-EP deployments.
+
+    The collector hands it random latents in place of the product that makes them (NVIDIA AIConfigurator,
+    collector/sglang/collect_mla_module.py; pull request 476 adds it as a product of its own). It writes `fp8` as the
+    cache's dtype without having set one, so that SGLang caches bfloat16: with 8 heads the H100's rows grow by 3.0 to
+    3.2 TB/s of such a cache, as TensorRT-LLM's with one do (3.2), where an 8-bit one would be read at half the speed.
+    """
+    kernel = MlaKernel(phase=phase, part="block", without_down=True, cache="bfloat16")
+    return replace(_table(name, phase, "block", package_file, framework="sglang", size=size), kernel=kernel)
+
+
 def _table(
     name: str,
     phase: Phase,
@@ -285,8 +307,8 @@ TABLES = (
     _table("mla_generation_trtllm", "decode", "kernel", "generation_mla_perf.parquet", size="step"),
     _table("mla_context_module_trtllm", "prefill", "block", "mla_context_module_perf.parquet"),
     _table("mla_generation_module_trtllm", "decode", "block", "mla_generation_module_perf.parquet", size="step"),
-    _table("mla_wideep_context_sglang", "prefill", "block", "wideep_context_mla_perf.parquet", framework="sglang"),
-    _table("mla_wideep_generation_sglang", "decode", "block", "wideep_generation_mla_perf.parquet", framework="sglang"),
+    _wide_ep("mla_wideep_context_sglang", "prefill", "wideep_context_mla_perf.parquet"),
+    _wide_ep("mla_wideep_generation_sglang", "decode", "wideep_generation_mla_perf.parquet"),
     TableKind(
         name="mla_bmm_trtllm",
         framework="trtllm",

@@ -1,6 +1,7 @@
 """What every cost model must hold: positive, monotone, and the same for one operation as for an array of them."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,7 @@ from cost_models.traffic import Traffic
 from traces.errors import InputError
 
 RANKS = 2
+PASSED_ON = "TokenExchange between nodes"
 
 # Each operation at sizes X: tokens, rows or bytes.
 OPERATIONS: dict[str, Callable[[Any], Operation]] = {
@@ -70,6 +72,23 @@ OPERATIONS: dict[str, Callable[[Any], Operation]] = {
         direction="dispatch",
         mode="normal",
         traffic=Traffic.of(size_X[..., None, None] * np.array([[2, 1], [1, 2]])),
+    ),
+    # Ranks 0, 1 and 2, 3 are nodes; a token goes to a node once and is passed on inside it.
+    PASSED_ON: lambda size_X: TokenExchange(
+        tokens_X=size_X,
+        hidden=64,
+        top_k=2,
+        experts=8,
+        ranks_X=np.array(4),
+        nodes_X=np.array(2),
+        direction="combine",
+        mode="normal",
+        dtype="fp8",
+        traffic=Traffic.of(
+            size_X[..., None, None] * np.array([[2, 1, 1, 2], [1, 2, 0, 1], [3, 1, 1, 0], [1, 1, 2, 2]]),
+            nodes=2,
+            node_rows_XGN=size_X[..., None, None] * np.array([[2, 2], [2, 1], [3, 1], [2, 3]]),
+        ),
     ),
     "Collective": lambda size_X: Collective(kind="all_reduce", bytes_X=1000 * size_X, ranks_X=np.array(RANKS)),
     "Gemm": lambda size_X: Gemm(rows_X=size_X, columns_X=1024, inner_X=1024),
@@ -114,6 +133,12 @@ MODELS: dict[str, CostModel] = {
     "calibrated": _calibrated(),
     "kernels": KernelCosts.shipped(H100S, "trtllm", "nccl"),
 }
+TWO_NODES = gpu_cluster(replace(DEVICES["h100_sxm"], ranks_per_node=2), 4)
+# Models of more than one node, and what they are asked for: nothing but exchanges is told nodes apart.
+BETWEEN_NODES: dict[str, CostModel] = {
+    "roofline between nodes": Roofline(TWO_NODES),
+    "kernels between nodes": KernelCosts.shipped(TWO_NODES, "sglang"),
+}
 # What a model has nothing for, which it must say; a datasheet does have a launch, but none that costs anything.
 REFUSED = {"calibrated": ("Collective", "Gemm", "Attention", "Mla", "MlaProjection", "HostToDevice", "Launch")}
 FREE = {("roofline", "Launch")}
@@ -124,8 +149,9 @@ PRICED = [
     (model, name)
     for model in MODELS
     for name in OPERATIONS
-    if name not in REFUSED.get(model, ()) and (model, name) not in FREE
-]
+    if name not in (*REFUSED.get(model, ()), PASSED_ON) and (model, name) not in FREE
+] + [(model, PASSED_ON) for model in BETWEEN_NODES]
+PRICING = MODELS | BETWEEN_NODES
 every_price = pytest.mark.parametrize(("model", "name"), PRICED)
 every_model = pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 
@@ -138,7 +164,7 @@ def test_every_operation_is_under_this_contract() -> None:
 @pytest.mark.parametrize("shape", [(), (1,), (3,), (2, 3), (2, 1, 4)], ids=str)
 def test_predictions_have_the_shape_of_the_sizes(model: str, name: str, shape: tuple[int, ...]) -> None:
     sizes_X = np.arange(1, 1 + int(np.prod(shape))).reshape(shape)
-    prediction = MODELS[model].predict(OPERATIONS[name](sizes_X))
+    prediction = PRICING[model].predict(OPERATIONS[name](sizes_X))
     assert np.shape(prediction.seconds_X) == np.shape(prediction.extrapolated_X) == shape
     assert np.isfinite(prediction.seconds_X).all()
     assert (np.asarray(prediction.seconds_X) > 0).all()
@@ -152,16 +178,16 @@ def test_predictions_have_the_shape_of_the_sizes(model: str, name: str, shape: t
 @every_price
 def test_an_array_costs_what_its_elements_do(model: str, name: str) -> None:
     size_X = np.array([[1, 7, 7000], [250, 0, 33]])
-    costs, operation = MODELS[model], OPERATIONS[name]
+    costs, operation = PRICING[model], OPERATIONS[name]
     each_X = [[float(costs.seconds(operation(np.array(size)))) for size in row] for row in size_X.tolist()]
     np.testing.assert_allclose(costs.seconds(operation(size_X)), each_X, rtol=1e-9)
 
 
 @every_price
 def test_more_never_takes_less(model: str, name: str) -> None:
-    costs, operation = MODELS[model], OPERATIONS[name]
+    costs, operation = PRICING[model], OPERATIONS[name]
     seconds_X = costs.seconds(operation(np.arange(0, 4000)))
-    assert (seconds_X >= (1 - FALL[model]) * np.maximum.accumulate(seconds_X)).all()
+    assert (seconds_X >= (1 - FALL[model.split()[0]]) * np.maximum.accumulate(seconds_X)).all()
     assert seconds_X[-1] > seconds_X[0] >= 0
     far_X = costs.seconds(operation(np.array([10**6, 10**9])))
     assert far_X[1] > far_X[0] > seconds_X[-1]
@@ -171,7 +197,7 @@ def test_more_never_takes_less(model: str, name: str) -> None:
 def test_an_operation_is_left_as_it_was(model: str, name: str) -> None:
     given = OPERATIONS[name](np.array([3, 5]))
     before = str(given)
-    first, second = MODELS[model].seconds(given), MODELS[model].seconds(given)
+    first, second = PRICING[model].seconds(given), PRICING[model].seconds(given)
     np.testing.assert_array_equal(first, second)
     assert str(given) == before
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_cluster import SMALL, path, traffic
 
-from cost_models.cluster import PRESET_CLUSTERS, Cluster, cpu_box, gpu_cluster, preset_cluster
+from cost_models.cluster import PRESET_CLUSTERS, Cluster, Link, cpu_box, gpu_cluster, preset_cluster
 from cost_models.degrade import degrade
 from cost_models.devices import DEVICES, device
 from traces.errors import InputError
@@ -240,6 +240,34 @@ def test_links_that_are_left_out_are_never_the_slowest(
         for destination in range(4):
             links = path(cluster, source, destination)
             assert len(links) + 100 * sum("gpu" in link.split("->")[0] for link in links[1:]) == cost[destination]
+
+
+def test_links_of_its_own_make_a_cluster_or_change_one() -> None:
+    there, back = Link(tail=0, head=1, bandwidth_bytes_s=10.0), Link(tail=1, head=0, bandwidth_bytes_s=5.0)
+    pair = Cluster.of_links([there, back], name="pair", ranks=2, device=None)
+    assert pair.all_to_all_s(traffic(2, r0_r1=100)) == 10.0
+    assert pair.all_to_all_s(traffic(2, r1_r0=100)) == 20.0
+    node = gpu_cluster(SMALL, 4)
+    joined = node.with_links([Link(tail=0, head=2, bandwidth_bytes_s=50.0, tier="scale_out")], name="joined")
+    assert path(joined, 0, 2) == ["gpu0->gpu2"]
+    assert joined.all_to_all_s(traffic(4, r0_r2=100)) == 2.0
+    assert joined.all_to_all_s(traffic(4, r2_r0=100)) == 10.0  # the other way by the NIC, as before
+    assert (joined.is_nominal, joined.node_of_G.tolist()) == (False, [0, 0, 1, 1])
+    assert node.all_to_all_s(traffic(4, r0_r2=100)) == 10.0  # as it was
+    assert node.with_links([], name="again").is_nominal
+
+
+def test_vertices_by_their_names() -> None:
+    cluster = gpu_cluster(SMALL, 4)
+    assert (cluster.vertex("gpu3"), cluster.vertex("rank0"), cluster.vertex("nic2")) == (3, 0, "nic2")
+    assert cluster.edges_between(0, "switch0") == [(0, "switch0"), ("switch0", 0)]
+    assert cluster.edges_between(0, "switch1") == []
+    assert cluster.edges_of("nic2") == [(2, "nic2"), ("leaf0", "nic2"), ("nic2", 2), ("nic2", "leaf0")]
+    assert set(cluster.neighbours("nic2")) == {2, "leaf0"}
+    with pytest.raises(InputError, match="there is no gpu4; the ranks are gpu0 to gpu3"):
+        cluster.vertex("gpu4")
+    with pytest.raises(InputError, match="there is no wire; there are only ranks"):
+        cpu_box(2).vertex("wire")
 
 
 def test_bytes_by_tier_count_each_pair_once() -> None:

@@ -75,6 +75,7 @@ def test_ranks_move_up_by_one_lost_and_keep_their_nodes() -> None:
 def test_nothing_degraded_is_the_same_cluster() -> None:
     same = degrade(gpu_cluster(SMALL, 4), [])
     assert (same.name, same.is_nominal) == ("4 x small", True)
+    assert degrade(gpu_cluster(SMALL, 4), ["nic1=1.0", "gpu2=1"]).is_nominal
 
 
 @pytest.mark.parametrize(

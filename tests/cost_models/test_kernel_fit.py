@@ -43,6 +43,36 @@ def test_physics_finds_the_prices_of_its_law() -> None:
     assert scores(physics.seconds(description), seconds_N).mape < 0.02
 
 
+def with_narrow_rows(narrow_N: np.ndarray, price: float) -> tuple[Description, np.ndarray]:
+    """The law, where some rows compute in 8 bits: at `price` times their seconds, not at twice."""
+    rows_N, width_N = grid()
+    compute_s, memory_s = rows_N * width_N * 1e-12, width_N * 1e-9
+    seconds_N = 5e-6 + np.maximum(np.where(narrow_N, price, 2) * compute_s, 1.25 * memory_s)
+    description, _ = law(rows_N, width_N)
+    work = {"compute": compute_s * ~narrow_N, "8-bit compute": compute_s * narrow_N, "memory": memory_s}
+    # Of the same name, in another stage: no like.
+    other = {"8-bit memory": np.zeros(len(rows_N)), "call": np.full(len(rows_N), 1e-9)}
+    return replace(description, stages={**description.stages, "work": work, "other": other}), seconds_N
+
+
+def test_a_term_that_no_row_has_takes_the_price_of_its_like() -> None:
+    rows = len(grid()[0])
+    physics = fit_physics(*with_narrow_rows(np.zeros(rows, dtype=bool), 1.0))
+    assert abs(physics.prices["work"]["compute"] / 2 - 1) < 0.05
+    assert physics.prices["work"]["8-bit compute"] == physics.prices["work"]["compute"]
+    turned = fit_physics(*with_narrow_rows(np.ones(rows, dtype=bool), 3.0))
+    assert abs(turned.prices["work"]["8-bit compute"] / 3 - 1) < 0.05
+    assert turned.prices["work"]["compute"] == turned.prices["work"]["8-bit compute"]
+    # Of no like in its own stage, it keeps the price that it started with.
+    assert physics.prices["other"]["8-bit memory"] == pytest.approx(1.3)
+
+
+def test_terms_that_rows_have_keep_prices_of_their_own() -> None:
+    physics = fit_physics(*with_narrow_rows(np.arange(len(grid()[0])) % 2 == 0, 1.0))
+    assert abs(physics.prices["work"]["compute"] / 2 - 1) < 0.05
+    assert abs(physics.prices["work"]["8-bit compute"] - 1) < 0.15
+
+
 def test_trees_learn_what_physics_leaves() -> None:
     description, seconds_N = law(*grid())
     odd_N = np.isin(description.features["log width"].round(1), [12.0, 14.0, 16.0])  # widths that suit the kernel ill

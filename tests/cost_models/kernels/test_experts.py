@@ -13,7 +13,15 @@ from numpy.typing import NDArray
 from cost_models.description import Description
 from cost_models.devices import DEVICES
 from cost_models.kernels.base import Columns
-from cost_models.kernels.expert_load import ExpertLoad, _spread, expected_load, load_of_rows
+from cost_models.kernels.expert_load import (
+    ExpertLoad,
+    LeftOver,
+    _correct,
+    _fill_smallest,
+    _spread,
+    expected_load,
+    load_of_rows,
+)
 from cost_models.kernels.experts import TABLES, ExpertsKernel, Style
 from cost_models.ops import Experts
 from cost_models.physics import Physics
@@ -23,7 +31,15 @@ DATA = Path(__file__).parents[3] / "cost_models" / "data"
 GATED = "moe_torch_flow_cutlass"
 
 
-def _drawn(tokens: int, topk: int, experts: int, ranks: int, distribution: str, slots: int = 0) -> ExpertLoad:
+def _drawn(
+    tokens: int,
+    topk: int,
+    experts: int,
+    ranks: int,
+    distribution: str,
+    slots: int = 0,
+    left_over: LeftOver = "ranks",
+) -> ExpertLoad:
     return expected_load(
         tokens_N=np.array([tokens]),
         topk_N=np.array([topk]),
@@ -32,6 +48,7 @@ def _drawn(tokens: int, topk: int, experts: int, ranks: int, distribution: str, 
         ranks_N=np.array([ranks]),
         distribution_N=np.array([distribution]),
         width_N=np.array([1.0]),
+        left_over=left_over,
     )
 
 
@@ -119,13 +136,73 @@ def test_one_rank_has_all_pairs_and_at_most_one_a_token(tokens: int, distributio
 
 def test_first_tables_gave_what_was_left_over_to_the_largest() -> None:
     """Two tokens of eight: 16 pairs; the few experts that round to one row get a second before others get a first."""
-    arguments = {"tokens_N": [2], "topk_N": [8], "experts_N": [128], "slots_N": [128], "ranks_N": [1], "width_N": [1.0]}
-    arrays: dict[str, Any] = {name: np.array(value) for name, value in arguments.items()} | {
-        "distribution_N": np.array(["power_law_1.2"])
-    }
-    first, later = expected_load(**arrays, to_largest=True), expected_load(**arrays)
+    first, later = (_drawn(2, 8, 128, 1, "power_law_1.2", left_over=rule) for rule in ("largest", "ranks"))
     assert first.rows == later.rows == 16
     assert first.active < later.active
+
+
+@pytest.mark.parametrize(
+    ("tokens", "ranks", "active"),
+    [(1, 8, 8), (1, 32, 8), (1, 64, 4), (1, 128, 2), (2, 16, 16), (2, 32, 8), (8, 256, 1)],
+)
+def test_the_next_tables_gave_it_to_the_last_rank(tokens: int, ranks: int, active: int) -> None:
+    """No expert of 256 rounds to a row of 8 or 16 pairs: all go to the last ones, on the last rank if it has them."""
+    load = _drawn(tokens, 8, 256, ranks, "power_law_0.6", left_over="smallest")
+    assert load.active == active
+    planned = _drawn(tokens, 8, 256, ranks, "power_law_0.6_eplb", left_over="smallest")
+    assert planned.active == -(-tokens * 8 // ranks)  # placement spreads them over the ranks
+
+
+def test_what_is_beyond_the_cap_fills_the_smallest() -> None:
+    counts_E = np.array([9, 2, 0, 1])
+    _fill_smallest(counts_E, 4)  # 5 are beyond: 4 to the third, 1 to the fourth
+    assert counts_E.tolist() == [4, 2, 4, 2]
+
+
+def test_correcting_by_hand() -> None:
+    def corrected(short: int, largest_first: bool) -> list[int]:
+        counts_E = np.array([3, 0, 1, 0])
+        _correct(counts_E, short, largest_first, 3)
+        return counts_E.tolist()
+
+    assert corrected(2, True) == [3, 1, 2, 0]  # the first is full; of equal ones the first
+    assert corrected(2, False) == [3, 1, 1, 1]  # of equal ones the last, then the one before
+    assert corrected(6, False) == [3, 2, 3, 2]  # round and round: 1 + 1 + 1, 1 + 1 + 1
+    assert corrected(-2, False) == [1, 0, 1, 0]  # in place of those that have none the largest gives
+
+
+@given(st.lists(st.integers(0, 9), min_size=6, max_size=6), st.integers(-60, 60), st.booleans())
+def test_correcting_keeps_the_sum_and_the_bounds(counts: list[int], short: int, largest_first: bool) -> None:
+    short = max(short, -sum(counts))
+    counts_E = np.array(counts)
+    _correct(counts_E, short, largest_first, 9)
+    assert counts_E.sum() == min(sum(counts) + short, 6 * 9)
+    assert 0 <= counts_E.min() <= counts_E.max() <= 9
+
+
+@given(st.lists(st.integers(0, 30), min_size=6, max_size=6), st.integers(5, 30))
+def test_filling_keeps_the_sum_and_the_cap(counts: list[int], bound: int) -> None:
+    counts_E = np.array(counts)
+    _fill_smallest(counts_E, bound)
+    assert counts_E.sum() == min(sum(counts), 6 * bound)
+    assert counts_E.max() <= bound
+
+
+@pytest.mark.parametrize(
+    ("style", "gpu", "version", "active"),
+    [
+        ("wideep_trtllm", "h100_sxm", "1.3.0rc10", 8),
+        ("wideep_generation", "h200_sxm", "0.5.10", 8),
+        ("wideep_generation", "h100_sxm", "0.5.10", 1),
+        ("trtllm", "h200_sxm", "1.3.0rc20", 1),
+        ("sglang", "h100_sxm", "0.5.14", 1),
+    ],
+)
+def test_a_lone_token_lies_where_its_table_drew_it(style: Style, gpu: str, version: str, active: float) -> None:
+    """One token of eight experts on eight ranks of 32: on one rank, or one on each."""
+    row = _table(num_tokens=1, num_experts=256, moe_ep_size=8, distribution="power_law_0.6", version=version)
+    description = ExpertsKernel(style=style).describe_table(row, op="expert_mlp", dtype="bfloat16", device=DEVICES[gpu])
+    assert 2 ** np.ravel(description.features["log experts"]) == pytest.approx(active)
 
 
 def test_planned_placement_unloads_the_busiest_rank() -> None:

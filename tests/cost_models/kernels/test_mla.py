@@ -10,7 +10,9 @@ from cost_models.kernels.mla_projections import MlaProjectionKernel
 from cost_models.ops import Mla, MlaProjection
 
 TOY = replace(DEVICES["h100_sxm"], peak_flops={2: 1e14, 1: 2e14}, memory_bandwidth=1e12, sms=100, l2_bytes=1e6)
-KERNELS = {(kind.kernel.phase, kind.kernel.part): kind.kernel for kind in TABLES if isinstance(kind.kernel, MlaKernel)}
+MLA_TABLES = [(kind, kind.kernel) for kind in TABLES if isinstance(kind.kernel, MlaKernel)]
+KERNELS = {(kernel.phase, kernel.part): kernel for _, kernel in MLA_TABLES if not kernel.without_down}
+WIDE_EP = {kernel.phase: kernel for _, kernel in MLA_TABLES if kernel.without_down}
 PROJECTION = MlaProjectionKernel()
 
 
@@ -66,6 +68,49 @@ def test_a_block_at_decode_reads_its_weights() -> None:
     assert float(block.bound_s) < float(kernel.bound_s) + 2.02 * weights / 1e12
 
 
+def test_wide_ep_tables_are_of_sglang_and_tell_the_block_after_its_latents() -> None:
+    wide = {kind.name: kind.framework for kind, kernel in MLA_TABLES if kernel.without_down}
+    assert wide == {"mla_wideep_context_sglang": "sglang", "mla_wideep_generation_sglang": "sglang"}
+
+
+def test_a_wide_ep_block_reads_all_weights_but_those_of_the_latents() -> None:
+    operation = mla(part="block")
+    whole, wide = (kernel.describe(operation, TOY) for kernel in (KERNELS["decode", "block"], WIDE_EP["decode"]))
+    # 7168 x 2112 weights, and 2 tokens' inputs and results, of 2 bytes each
+    assert float(whole.bound_s - wide.bound_s) == pytest.approx(2 * (7168 * 2112 + 2 * (7168 + 2112)) / 1e12)
+    # What the kernel inside does is the same.
+    assert wide.stages["attention"] == whole.stages["attention"]
+
+
+def test_a_wide_ep_block_at_prefill_multiplies_all_but_the_latents() -> None:
+    operation = mla(part="block", phase="prefill", batch_X=np.array(1), new_tokens_X=1024, cached_tokens_X=0)
+    whole, wide = (kernel.describe(operation, TOY) for kernel in (KERNELS["prefill", "block"], WIDE_EP["prefill"]))
+    # 1,024 tokens by 7168 x 2112 at 2 FLOPs and 1e14 FLOP/s: 310 us
+    assert float(whole.bound_s - wide.bound_s) == pytest.approx(2 * 1024 * 7168 * 2112 / 1e14)
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_what_wide_ep_tables_call_an_8_bit_cache_is_bfloat16(phase: Any) -> None:
+    columns = {
+        "kernel_source": np.array(["default"], dtype=object),
+        "batch_size": np.array([32]),
+        "isl": np.array([100]),
+        "step": np.array([0]),
+        "num_heads": np.array([16]),
+        "kv_cache_dtype": np.array(["fp8"], dtype=object),
+    }
+    row = WIDE_EP[phase].describe_table(columns, op="mla", dtype="fp8_block", device=TOY)
+    assert row.features["log element"].tolist() == [1.0]  # 2 bytes
+    assert row.stages["attention"]["8-bit compute"].tolist() == [0.0]
+    # TensorRT-LLM's tables mean what they say.
+    other = KERNELS[phase, "block"].describe_table(columns, op="mla", dtype="fp8_block", device=TOY)
+    assert other.features["log element"].tolist() == [0.0]
+    assert other.stages["attention"]["compute"].tolist() == [0.0]
+    # An operation with an 8-bit cache is still one: it lies beyond what was measured.
+    operation = mla(part="block", phase=phase, kv_dtype="fp8", gemm_dtype="fp8_block")
+    assert float(WIDE_EP[phase].describe(operation, TOY).features["log element"]) == 0.0
+
+
 def test_prefill_brings_up_what_is_cached_too() -> None:
     fresh = describe(phase="prefill", part="block", new_tokens_X=1000, cached_tokens_X=0)
     after = describe(phase="prefill", part="block", new_tokens_X=1000, cached_tokens_X=1000)
@@ -81,9 +126,8 @@ def test_more_work_has_no_smaller_bound(phase: str, part: str) -> None:
         assert (np.diff(describe(phase=phase, part=part, **{name: sizes}).bound_s) > 0).all()
 
 
-@pytest.mark.parametrize("kind", [kind for kind in TABLES if isinstance(kind.kernel, MlaKernel)], ids=lambda k: k.name)
-def test_a_row_of_a_table_and_the_operation_are_described_alike(kind: Any) -> None:
-    kernel = kind.kernel
+@pytest.mark.parametrize("kernel", [kernel for _, kernel in MLA_TABLES], ids=[kind.name for kind, _ in MLA_TABLES])
+def test_a_row_of_a_table_and_the_operation_are_described_alike(kernel: MlaKernel) -> None:
     prefill = kernel.phase == "prefill"
     columns = {
         "kernel_source": np.array(["default", "default"], dtype=object),
@@ -103,7 +147,7 @@ def test_a_row_of_a_table_and_the_operation_are_described_alike(kind: Any) -> No
                 new_tokens_X=int(columns["isl"][row]),
                 cached_tokens_X=int(columns["step"][row] + (0 if prefill else columns["isl"][row])),
                 heads_X=int(columns["num_heads"][row]),
-                kv_dtype=str(columns["kv_cache_dtype"][row]),
+                kv_dtype=kernel.cache or str(columns["kv_cache_dtype"][row]),
                 gemm_dtype="fp8_block",
             ),
             TOY,
