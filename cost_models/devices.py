@@ -10,6 +10,7 @@ FP4_WITH_SCALES_BYTES = 0.5625  # 4 bits and an 8-bit scale for every 16 element
 
 # Bytes an element, scales included; `half` and `int8` are what NCCL's tables call two bytes and one.
 DTYPE_BYTES: Mapping[str, float] = {
+    "float32": 4.0,
     "bfloat16": 2.0,
     "half": 2.0,
     "fp8": 1.0,
@@ -18,6 +19,7 @@ DTYPE_BYTES: Mapping[str, float] = {
     "nvfp4": FP4_WITH_SCALES_BYTES,
     "fp4": FP4_WITH_SCALES_BYTES,
     "w4a16_mxfp4": 0.53125,
+    "mxfp4": 0.53125,
 }
 
 

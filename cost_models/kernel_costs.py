@@ -201,7 +201,8 @@ class KernelCosts:
         if isinstance(operation, TokenExchange) and operation.traffic is not None and not self._cluster.is_nominal:
             seconds_X = self._over_links(operation, chosen, seconds_X)
         low_X, high_X = chosen.fitted.spread.around(seconds_X, beyond_X)
-        elsewhere = chosen.links != (1, 1) and isinstance(operation, _OVER_LINKS)
+        other_links = chosen.links != (1.0, 1.0) or not self._cluster.is_nominal
+        elsewhere = other_links and isinstance(operation, _OVER_LINKS)
         elsewhere |= _STANDS_IN.get((type(operation), _dtype_of(operation))) == chosen.fitted.dtype
         measured = Prediction(
             seconds_X=seconds_X, low_s_X=low_X, high_s_X=high_X, extrapolated_X=(beyond_X > 0) | elsewhere
@@ -210,8 +211,14 @@ class KernelCosts:
             return self.predict(_down_projection(operation)).then(measured)
         return measured
 
+    def fixed_s(self, operation: TokenExchange) -> Floats:
+        """Seconds of an exchange that no byte costs, shape X: launch, synchronising and messages of its kernel."""
+        if self._serving(operation):
+            return self._choose(operation)[0].predict(operation.empty())[0]
+        return self.seconds(operation.empty())
+
     def _over_links(self, operation: TokenExchange, chosen: _Candidate, seconds_X: Floats) -> Floats:
-        """What the exchange takes over the cluster's own links: where they are slower, what moves bytes takes longer.
+        """What the exchange takes over the cluster's own links: as they are slower or faster, what moves bytes is.
 
         Latency that its links have is added once.
 
@@ -225,8 +232,7 @@ class KernelCosts:
         shape = legs_XGG.shape[:-2]
         links_L, latency_L = self._cluster.link_load_s(legs_XGG.reshape(-1, *legs_XGG.shape[-2:]))
         links_X, latency_X = links_L.reshape(shape), latency_L.reshape(shape)
-        empty = replace(operation, tokens_X=np.zeros_like(operation.tokens_X), traffic=operation.traffic.nothing())
-        fixed_X = np.minimum(chosen.predict(empty)[0], seconds_X)
+        fixed_X = np.minimum(chosen.predict(operation.empty())[0], seconds_X)
         slower_X = np.where(ports_X > 0, links_X / np.where(ports_X > 0, ports_X, 1), 1)
         return np.asarray(fixed_X + (seconds_X - fixed_X) * slower_X + latency_X)
 

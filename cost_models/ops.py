@@ -5,7 +5,7 @@ the widths that do not vary inside a model are plain numbers. A `kernel` picks o
 for an operation, by the name that its measured table gives it; empty: the profile's own choice.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -144,6 +144,16 @@ class TokenExchange:
     sms_X: Array | int = 0
     traffic: Traffic | None = None
     kernel: str = ""
+
+    def at(self, row: int) -> "TokenExchange":
+        """One exchange of several, X being one axis: still an array of one."""
+        assert self.traffic is not None
+        return replace(self, tokens_X=np.asarray(self.tokens_X)[row : row + 1], traffic=self.traffic.at(row))
+
+    def empty(self) -> "TokenExchange":
+        """The same exchanges with nothing to send."""
+        assert self.traffic is not None
+        return replace(self, tokens_X=np.zeros_like(self.tokens_X), traffic=self.traffic.nothing())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,11 +23,12 @@ Process = Generator[simpy.Event, Any, Any]
 
 
 def simulate_events(
-    program: Program, network: Network | None = None, disturbance: Disturbance | None = None
+    program: Program, network: Network | None = None, disturbance: Disturbance | None = None, *, step: int = 0
 ) -> Timeline:
     """Run the program until the last rank is done.
 
     `network` None: collectives take what they are priced at. `disturbance` None: nothing varies and nothing fails.
+    `step`: its number, for jitter differs from step to step.
     Errors: `InputError` where a fault names a part that the cluster has not.
     """
     disturbance = disturbance or Disturbance()
@@ -35,16 +36,16 @@ def simulate_events(
     schedule = Schedule.of(disturbance.faults, network.cluster) if network else Schedule(links=(), speeds=(), losses=())
     if network and schedule.links:
         network = replace(network, changes=schedule.links)
-    engine = _Engine(program, _jittered(program, disturbance), network, schedule, disturbance.detect_s)
+    engine = _Engine(program, _jittered(program, disturbance, step), network, schedule, disturbance.detect_s)
     return engine.run()
 
 
-def _jittered(program: Program, disturbance: Disturbance) -> NDArray[np.float64]:
+def _jittered(program: Program, disturbance: Disturbance, step: int) -> NDArray[np.float64]:
     """Factors on the time of each operation on each rank, of mean 1; a collective has one for all."""
     shape = program.seconds_OG.shape
     if not disturbance.jitter:
         return np.ones(shape)
-    rng = np.random.default_rng(disturbance.seed)
+    rng = np.random.default_rng([disturbance.seed, step])
     variance = np.log1p(disturbance.jitter**2)
     factor_OG = np.exp(rng.normal(-variance / 2, np.sqrt(variance), size=shape))
     together_O = program.stream_O == 1
@@ -164,7 +165,7 @@ class _Engine:
             if self._paces_change:
                 self._computes(rank, True, now)
                 ends = yield from self._at_pace(rank, ends)
-                self._computes(rank, False, ends[-1])
+                self._computes(rank, False, ends[-1] if self._alive[rank] else environment.now)
             else:
                 yield environment.timeout(max(ends[-1] - environment.now, 0.0))
             ran.append((chunk.first, ends))

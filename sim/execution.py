@@ -50,6 +50,10 @@ class Execution:
         for name in ("launch_s", "host_gap_s", "comm_sms"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise InputError(f"{name} is {getattr(self, name)}; it must be 0 or more")
+        if self.comm_sms < 1:
+            raise InputError(
+                "comm_sms is 0; a normal-mode exchange runs on at least 1 multiprocessor (DeepEP takes 20)"
+            )
         if not 0 < self.overlap_pace <= 1:
             raise InputError(f"overlap_pace is {self.overlap_pace}; it must be above 0 and at most 1")
 

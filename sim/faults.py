@@ -79,12 +79,12 @@ class Schedule:
         links: list[tuple[float, Cluster]] = []
         speeds: list[tuple[float, int, float]] = []
         losses: list[tuple[float, int]] = []
-        change_of_link: dict[str, str] = {}
+        change_of_link: dict[frozenset[str], str] = {}
         for fault in sorted(faults, key=lambda fault: fault.at_s):
-            part = fault.change.partition("=")[0].strip()
+            part = fault.change.partition("=")[0].strip().removeprefix("link ").strip()
             changed = degrade(cluster, [fault.change])
             if not _RANK.fullmatch(part):
-                change_of_link[part] = fault.change
+                change_of_link[frozenset(part.split("-"))] = fault.change
                 links.append((fault.at_s, degrade(cluster, list(change_of_link.values()))))
                 continue
             rank = int(part.lstrip("gpurank"))

@@ -32,7 +32,7 @@ class Layout:
             if (groups_XR != groups_XR[:, :1]).any():
                 raise InputError(
                     f"{name} is {size}, but then some ranks that work together lie on different nodes; "
-                    f"use at most {np.bincount(self.node_of_G).min()}"
+                    f"use a divisor of {np.gcd.reduce(np.bincount(self.node_of_G))}"
                 )
 
     @property

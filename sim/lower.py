@@ -40,9 +40,10 @@ class Work:
 
     `protocol`: how rows travel; `dispatch_dtype`: as what they go out. `tokens_G` tokens that each rank holds, of
     requests as in `context` (None: not known). `rows_LS` rows that each slot computes; by source and computing rank
-    `pairs_LGG` kept pairs and `copies_LGG` tokens with any; `node_copies_LGN` tokens by source rank and node. `route`
-    the policy's own work; `count_bytes` for each rank pair, ahead of the rows. `row_of_layer`: which row of these
-    arrays each of the model's MoE layers takes: where layers are sampled, several take one.
+    `pairs_LGG` kept pairs and `copies_LGG` tokens with any, counted for each rank of those that share an expert;
+    `node_copies_LGN` tokens by source rank and node. `route` the policy's own work; `count_bytes` for each rank pair,
+    ahead of the rows. `row_of_layer`: which row of these arrays each of the model's MoE layers takes: where layers are
+    sampled, several take one.
     """
 
     model: ModelSpec
@@ -156,6 +157,9 @@ def lower(
             f"expert_tensor is {layout.expert_tensor}, which does not divide the experts' width {model.expert_hidden}; "
             "use a divisor"
         )
+    last_rank = int(source_rank_T.max(initial=0))
+    if last_rank >= layout.ranks:
+        raise InputError(f"tokens of rank {last_rank}, but the layout has {layout.ranks} ranks; use one with as many")
     groups, tensor, layers = layout.expert_groups, layout.expert_tensor, placement.layers
     rows_LS = np.zeros((layers, placement.slots), dtype=np.int64)
     pairs_LGX = np.zeros((layers, layout.ranks, groups), dtype=np.int32)

@@ -58,13 +58,13 @@ def memory_use(
     whole_parameters = model.other_parameters - model.attention_parameters + model.layers * model.shared_parameters
     kv_share = 1 if model.attention == "latent" else min(tensor, max(model.kv_heads, 1))
     if protocol == "per_expert":
-        rows = _LOW_LATENCY_BUFFERS * placement.slots * tokens_per_rank
+        rows = _LOW_LATENCY_BUFFERS * placement.slots * layout.expert_tensor * tokens_per_rank
         both_ways = row_bytes(model.hidden, dispatch_dtype, "dispatch") + row_bytes(
             model.hidden, dispatch_dtype, "combine"
         )
         buffer_bytes = rows * float(both_ways)
     else:
-        buffer_bytes = 2.0 * tokens_per_rank * width * model.row_bytes
+        buffer_bytes = (1.0 + layout.expert_tensor) * tokens_per_rank * width * model.row_bytes
     return MemoryUse(
         expert_bytes=placement.slots_per_rank * model.layers * model.expert_bytes / layout.expert_tensor,
         other_weight_bytes=(whole_parameters + model.attention_parameters / tensor) * model.other_weight_bytes,

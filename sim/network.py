@@ -6,13 +6,14 @@ overhead of messages stay what they are. So the efficiency that was measured for
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cost_models.cluster import Cluster
+from cost_models.kernel_costs import KernelCosts
 from cost_models.kernels.token_traffic import bytes_between_ranks
 from cost_models.ops import CostModel, TokenExchange
 from sim.flows import max_min_makespan_s, transfer
@@ -38,22 +39,41 @@ class Network:
     def seconds(self, stage: Stage, row: int, start_s: float) -> float:
         """What a communication stage takes that starts at `start_s`."""
         priced_s = float(stage.seconds_LG[row].max())
-        if stage.exchange is None or (not self.changes and not self._contends):
-            return priced_s
         now, later = self._since(start_s)
-        bytes_GG, bound_s, fixed_s = self._parts(stage.exchange, row)
-        if bound_s == 0:
+        undisturbed = now is self.cluster and (not later or later[0][0] >= start_s + priced_s)
+        if stage.exchange is None or (undisturbed and not self._contends):
             return priced_s
-        price = max(priced_s - fixed_s, 0.0) / bound_s  # seconds for each second that bare links would take
+        exchange = stage.exchange.at(row)
+        bytes_GG = bytes_between_ranks(exchange)[0]
+        links_L, _ = self.cluster.link_load_s(bytes_GG[None])
+        bound_s = float(links_L[0])  # what bare links take at least
+        fixed_s = self._fixed_share(exchange) * priced_s
+        if bound_s == 0 or fixed_s >= priced_s:
+            return priced_s
+        price = (priced_s - fixed_s) / bound_s  # seconds for each second of bare links
         spent_s = fixed_s
         for change_s, cluster in later:
-            moved = transfer(now, bytes_GG, max(change_s - start_s - spent_s, 0.0) / price) if price else None
-            if moved is None or not moved.remaining_GG.any():
+            moving_s = max(change_s - start_s - spent_s, 0.0) / price
+            left_GG = self._left(now, bytes_GG, moving_s)
+            if not left_GG.any():
                 break
             spent_s = max(change_s - start_s, spent_s)
-            bytes_GG, now = moved.remaining_GG, cluster
-        _, latency_L = now.link_load_s(bytes_GG[None])  # which the fixed part has once
-        return spent_s + price * (max_min_makespan_s(now, bytes_GG) - float(latency_L[0]))
+            bytes_GG, now = left_GG, cluster
+        return spent_s + price * self._moving_s(now, bytes_GG)
+
+    def _left(self, cluster: Cluster, bytes_GG: NDArray[np.float64], moving_s: float) -> NDArray[np.float64]:
+        """The bytes that are left after so many seconds of bare links."""
+        if cluster is not self.cluster or self._contends:
+            return transfer(cluster, bytes_GG, moving_s).remaining_GG
+        bound_s = self._moving_s(cluster, bytes_GG)
+        return bytes_GG * max(1 - moving_s / bound_s, 0.0)
+
+    def _moving_s(self, cluster: Cluster, bytes_GG: NDArray[np.float64]) -> float:
+        """What bare links take for bytes alone: their latency is in the fixed part."""
+        links_L, latency_L = cluster.link_load_s(bytes_GG[None])
+        if cluster is not self.cluster or self._contends:
+            return max_min_makespan_s(cluster, bytes_GG) - float(latency_L[0])
+        return float(links_L[0])
 
     def _since(self, start_s: float) -> tuple[Cluster, Sequence[tuple[float, Cluster]]]:
         """The cluster at `start_s`, and its changes after that."""
@@ -67,15 +87,10 @@ class Network:
             return False
         return self.every_collective or bool(np.diff(self.cluster.routes.loaded.start_P).max(initial=0) > _PORTS)
 
-    def _parts(self, exchange: TokenExchange, row: int) -> tuple[NDArray[np.float64], float, float]:
-        """Of one layer: bytes by rank pair, seconds that bare links take at least, and seconds that no byte costs."""
-        assert exchange.traffic is not None
-        one = replace(exchange, tokens_X=np.asarray(exchange.tokens_X)[row : row + 1], traffic=exchange.traffic.at(row))
-        bytes_GG = bytes_between_ranks(one)[0]
-        links_L, latency_L = self.cluster.link_load_s(bytes_GG[None])
-        return bytes_GG, float(links_L[0]), self._fixed_s(one) + float(latency_L[0])
-
-    def _fixed_s(self, exchange: TokenExchange) -> float:
-        assert exchange.traffic is not None
-        nothing = replace(exchange, tokens_X=np.zeros_like(exchange.tokens_X), traffic=exchange.traffic.nothing())
-        return float(self.costs.seconds(nothing)[0])
+    def _fixed_share(self, exchange: TokenExchange) -> float:
+        """The share of an exchange's price that no byte costs: launch, synchronising, messages, latency."""
+        costs = self.costs
+        whole_s = float(costs.seconds(exchange)[0])
+        fixed_X = costs.fixed_s(exchange) if isinstance(costs, KernelCosts) else costs.seconds(exchange.empty())
+        _, latency_L = self.cluster.link_load_s(bytes_between_ranks(exchange))
+        return min((float(fixed_X[0]) + float(latency_L[0])) / whole_s, 1.0) if whole_s else 1.0

@@ -44,9 +44,9 @@ class Replay:
     """Everything about a replay that does not change with policy and placement.
 
     `steps` of `phase` index into `trace`; `dispatch_dtype` is that of dispatched tokens (None: as the activations);
-    `kv_tokens_per_rank` are cached tokens that a rank holds (0: what the recorded positions say). `layout` None: every
-    rank has its own tokens and whole experts. `sampled_layers`: simulate so many, each for its neighbours too (None:
-    all). `disturbance`: what the event fidelity adds.
+    `kv_tokens_per_rank` are cached tokens of a rank's own requests (0: what the recorded positions say). `layout` None:
+    every rank has its own tokens and whole experts. `sampled_layers`: simulate so many, each for its neighbours too
+    (None: all). `disturbance`: what the event fidelity adds.
     """
 
     trace: RoutingTrace
@@ -63,7 +63,9 @@ class Replay:
     disturbance: Disturbance = field(default_factory=Disturbance)
 
     def __post_init__(self) -> None:
-        last_rank = max((int(step.source_rank_T.max(initial=0)) for step in self.steps), default=0)
+        if not self.steps:
+            raise InputError("a replay needs a step; make some from the trace")
+        last_rank = max(int(step.source_rank_T.max(initial=0)) for step in self.steps)
         if last_rank >= self.cluster.ranks:
             raise InputError(
                 f"steps hold tokens of rank {last_rank}, but the cluster has {self.cluster.ranks} ranks; "
@@ -73,8 +75,14 @@ class Replay:
             raise InputError(
                 f"sampled_layers is {self.sampled_layers}; use 1 to {self.trace.model.layers}, the model's MoE layers"
             )
+        if not np.array_equal(self.shared.node_of_G, self.cluster.node_of_G):
+            raise InputError(
+                f"the layout has {self.shared.ranks} ranks on {self.shared.nodes} nodes, the cluster "
+                f"{self.cluster.ranks} on {self.cluster.nodes}; make it with Layout.on(cluster)"
+            )
         Schedule.of(self.disturbance.faults, self.cluster)  # tells now what the cluster has not
-        if self.execution.overlap == "two_batch" and (np.bincount(self.steps[0].source_rank_T) < 2).any():
+        fewest = min(np.bincount(step.source_rank_T, minlength=self.cluster.ranks).min() for step in self.steps)
+        if self.execution.overlap == "two_batch" and fewest < 2:
             raise InputError("two-batch overlap halves each rank's tokens, and some rank has fewer than 2; use more")
 
     @cached_property
@@ -191,12 +199,12 @@ class Replay:
         ]
         return tuple(lanes)
 
-    def simulate(self, lanes: Sequence[Blocks], fidelity: Fidelity) -> Timeline:
-        """Run one step."""
+    def simulate(self, lanes: Sequence[Blocks], fidelity: Fidelity, *, step: int = 0) -> Timeline:
+        """Run one step; jitter differs from step to step."""
         program = Program.of(lanes, self.cluster.speed_G)
         if fidelity == "analytic":
             return simulate_analytic(program)
-        return simulate_events(program, Network(cluster=self.cluster, costs=self.costs), self.disturbance)
+        return simulate_events(program, Network(cluster=self.cluster, costs=self.costs), self.disturbance, step=step)
 
     def memory(self, policy: RoutingPolicy, placement: Placement) -> MemoryUse:
         """What the fullest rank must hold."""
@@ -254,8 +262,8 @@ class Replay:
             for step, of_step in zip(self.steps, assignments, strict=True)
         ]
         priced = [self.price(of_step) for of_step in works]
-        timelines = [self.simulate(lanes, fidelity) for lanes in priced]
-        ends = [self._ends_s(lanes, fidelity) for lanes in priced] if intervals else None
+        timelines = [self.simulate(lanes, fidelity, step=step) for step, lanes in enumerate(priced)]
+        ends = [self._ends_s(lanes, fidelity, step) for step, lanes in enumerate(priced)] if intervals else None
         report = summarize(
             name=name or policy.describe(),
             costs=self.costs.name,
@@ -269,9 +277,9 @@ class Replay:
         )
         return report, timelines, works
 
-    def _ends_s(self, lanes: Sequence[Blocks], fidelity: Fidelity) -> list[float]:
+    def _ends_s(self, lanes: Sequence[Blocks], fidelity: Fidelity, step: int) -> list[float]:
         low, high = zip(*(at_interval_ends(blocks) for blocks in lanes), strict=True)
-        return [self.simulate(end, fidelity).step_s for end in (low, high)]
+        return [self.simulate(end, fidelity, step=step).step_s for end in (low, high)]
 
 
 def rows_by_rank(works: Sequence[Sequence[Work]]) -> NDArray[np.int64]:

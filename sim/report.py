@@ -219,17 +219,22 @@ def _critical_ranks(timelines: Sequence[Timeline]) -> tuple[int, ...]:
 
 
 def _lost_share(works: Sequence[Sequence[Work]], timelines: Sequence[Timeline]) -> float:
-    """Of kept pairs, those of ranks that never ran their experts."""
+    """Of kept pairs, those whose experts some rank never ran to the end: part of an expert's width is no result."""
     kept = lost = 0
     for of_step, timeline in zip(works, timelines, strict=True):
         program = timeline.program
         never_ran_OG = np.isnan(timeline.end_OG)
-        kept += sum(int(work.rows_LGS[work.row_of_layer].sum()) for work in of_step)
+        kept += sum(int(work.rows_LS[work.row_of_layer].sum()) for work in of_step)
+        lost_groups: dict[tuple[int, int, int], NDArray[np.bool_]] = {}
         for operation in np.flatnonzero(never_ran_OG.any(axis=1)):
-            if program.name_O[operation] == "experts":
-                work = of_step[program.lane_O[operation]]
-                rows_G = work.rows_LGS[program.row_O[operation]].sum(axis=1)
-                lost += int(rows_G[never_ran_OG[operation]].sum())
+            if program.name_O[operation] in ("experts", "experts down"):
+                lane, row = int(program.lane_O[operation]), int(program.row_O[operation])
+                groups = of_step[lane].layout.expert_groups
+                lost_X = never_ran_OG[operation].reshape(groups, -1).any(axis=1)
+                key = (lane, int(program.layer_O[operation]), row)
+                lost_groups[key] = lost_groups.get(key, np.zeros(groups, dtype=bool)) | lost_X
+        for (lane, _, row), lost_X in lost_groups.items():
+            lost += int(of_step[lane].rows_LS[row].reshape(lost_X.size, -1)[lost_X].sum())
     return lost / kept if kept else 0.0
 
 

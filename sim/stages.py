@@ -98,7 +98,12 @@ class Pricing:
         stage = self._stage(name, "compute", predictions)
         if self.launch_s:
             least_s = self.launch_s * _KERNELS.get(name, 1)
-            stage = replace(stage, seconds_LG=np.maximum(stage.seconds_LG, least_s))
+            stage = replace(
+                stage,
+                seconds_LG=np.maximum(stage.seconds_LG, least_s),
+                low_s_LG=None if stage.low_s_LG is None else np.maximum(stage.low_s_LG, least_s),
+                high_s_LG=None if stage.high_s_LG is None else np.maximum(stage.high_s_LG, least_s),
+            )
         return [stage]
 
     def communicate(self, name: str, *operations: Operation, **details: Any) -> list[Stage]:

@@ -131,8 +131,8 @@ def write_chrome_trace(path: Path, timelines: Mapping[str, Timeline]) -> None:
         several = timeline.program.lanes > 1
         for rank, intervals in enumerate(by_rank):
             process += 1
-            names = {"process_name": f"{name}: rank {rank}"}
-            events.append({"ph": "M", "pid": process, "name": "process_name", "args": {"name": names["process_name"]}})
+            label = {"name": f"{name}: rank {rank}"}
+            events.append({"ph": "M", "pid": process, "name": "process_name", "args": label})
             events.append({"ph": "M", "pid": process, "name": "process_sort_index", "args": {"sort_index": process}})
             for stream, thread in threads.items():
                 events.append(
@@ -143,7 +143,7 @@ def write_chrome_trace(path: Path, timelines: Mapping[str, Timeline]) -> None:
                     "ph": "X",
                     "pid": process,
                     "tid": threads[interval.stream],
-                    "name": f"{interval.operation} {'AB'[interval.lane]}" if several else interval.operation,
+                    "name": f"{interval.operation} {chr(ord('A') + interval.lane)}" if several else interval.operation,
                     "cat": interval.stream,
                     "ts": interval.start_s * 1e6,
                     "dur": (interval.end_s - interval.start_s) * 1e6,

@@ -81,6 +81,15 @@ class ModelSpec:
         for field in ("layers", "experts", "top_k", "hidden", "expert_hidden"):
             if getattr(self, field) < 1:
                 raise InputError(f"model {self.name}: {field} is {getattr(self, field)}; it must be at least 1")
+        needed = [name for name in ("heads", "kv_heads", "head_dim", "vocab") if self.attention == "grouped"]
+        needed += ["heads", "vocab"] if self.attention == "latent" else []
+        needed += ["dense_hidden"] if self.dense_layers else []
+        for field in needed:
+            if getattr(self, field) < 1:
+                raise InputError(
+                    f"model {self.name}: {field} is {getattr(self, field)}; with its attention or dense layers it must "
+                    "be at least 1"
+                )
         if self.top_k > self.experts:
             raise InputError(
                 f"model {self.name}: top_k {self.top_k} is more than its {self.experts} experts; "

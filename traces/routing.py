@@ -63,6 +63,8 @@ def balanced_experts(model: ModelSpec, *, tokens: int, slots: int) -> NDArray[np
     Neighbours start one slot further, so that K slots an even stride apart go round. Where the stride is not whole, it
     is rounded down.
     """
+    if slots < model.top_k:
+        raise InputError(f"{slots} slots for tokens that each take {model.top_k}; use at least as many")
     start_T = np.arange(tokens)[:, None] % slots
     return np.asarray((start_T + np.arange(model.top_k) * (slots // model.top_k)) % slots, dtype=np.int32)
 

@@ -94,7 +94,7 @@ class ExecutionChoice(_Strict):
     graph_buckets: list[Count] = Field(default=list(GRAPH_BUCKETS))
     launch_s: float = Field(default=5e-6, ge=0, allow_inf_nan=False)
     host_gap_s: float = Field(default=0.0, ge=0, allow_inf_nan=False)
-    comm_sms: int = Field(default=20, ge=0)
+    comm_sms: int = Field(default=20, ge=1)
     overlap_pace: float = Field(default=OVERLAP_PACE, gt=0, le=1)
     kv_dtype: Literal["bfloat16", "fp8"] = "bfloat16"
     attention_dtype: str | None = None

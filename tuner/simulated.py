@@ -1,7 +1,7 @@
 """What there is to show of a simulated scenario, in arrays that are small whatever was simulated."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 
 from cost_models.cluster import Cluster
 from cost_models.kernels.token_traffic import bytes_between_ranks
-from cost_models.ops import TokenExchange
 from sim.layout import Layout
 from sim.lower import Work
 from sim.report import Report
@@ -91,11 +90,6 @@ def _dispatched_GG(work: Work) -> NDArray[np.float64]:
     total_GG = np.zeros((work.ranks, work.ranks))
     for row, layers in enumerate(np.bincount(work.row_of_layer, minlength=work.layers).tolist()):
         if layers:
-            total_GG += layers * bytes_between_ranks(_of_layer(exchange, row))[0]
+            total_GG += layers * bytes_between_ranks(exchange.at(row))[0]
     np.fill_diagonal(total_GG, 0.0)
     return total_GG / len(work.row_of_layer)
-
-
-def _of_layer(exchange: TokenExchange, row: int) -> TokenExchange:
-    assert exchange.traffic is not None
-    return replace(exchange, tokens_X=np.asarray(exchange.tokens_X)[row : row + 1], traffic=exchange.traffic.at(row))

@@ -18,9 +18,10 @@ from cost_models.profile import Profile
 from router.nn.evaluate import held_out_loss, paired_difference
 from router.nn.measured_run import Deployment, measure_deployments
 from router.nn.store import ReferenceModel
+from traces.errors import InputError
 from traces.progress import Progress, quiet
 from tuner.replays import Replays
-from tuner.scenario import Config, Space
+from tuner.scenario import Config, DisturbanceChoice, LayoutChoice, Scenario, Space
 from tuner.space import RandomSuggestions, suggest_config
 from tuner.study import StudyResult
 
@@ -131,6 +132,7 @@ def validate(
     `InputError` if the trace is not the reference model's, `DeviceError` if the device is missing.
     """
     scenario = replays.scenario
+    check_that_it_runs(scenario)
     window = replays.windows["validate"]
     progress(0.0, "predicting")
     reports = [replays.run(c.config, window="validate", fidelity="event", name=c.name)[0] for c in contenders]
@@ -201,6 +203,24 @@ def validate(
         confirmed=confirmed,
         verdict=verdict,
     )
+
+
+def check_that_it_runs(scenario: Scenario) -> None:
+    """Raise `InputError` where the scenario simulates what the real run, of MoE layers on healthy ranks, has not."""
+    other = {
+        "execution.extent": scenario.execution.extent != "moe",
+        "execution.overlap": scenario.execution.overlap != "none",
+        "layout": scenario.layout != LayoutChoice(),
+        "disturbance": scenario.disturbance != DisturbanceChoice(),
+        "cluster.degrade": bool(scenario.cluster.degrade),
+        "sampled_layers": scenario.sampled_layers is not None,
+    }
+    for field, differs in other.items():
+        if differs:
+            raise InputError(
+                f"{field}: a real run has MoE layers alone (execution.extent: moe) on healthy ranks, one microbatch at "
+                "a time and whole experts; leave it out to validate"
+            )
 
 
 def paired_speedup(

@@ -170,7 +170,7 @@ def test_a_placement_and_a_layout_that_do_not_fit_are_refused() -> None:
         ({"expert_tensor": 0}, "expert_tensor is 0, which does not divide 4 ranks; use a divisor of them"),
         (
             {"expert_tensor": 4},
-            "expert_tensor is 4, but then some ranks that work together lie on different nodes; use at most 2",
+            "expert_tensor is 4, but then some ranks that work together lie on different nodes; use a divisor of 2",
         ),
     ],
     ids=["no divisor", "zero", "over nodes"],

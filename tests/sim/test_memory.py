@@ -28,6 +28,8 @@ MODEL = ModelSpec(
     attention="grouped",
     heads=8,
     kv_heads=2,
+    head_dim=1,
+    vocab=10,
 )
 # Rank 0 holds experts 0 and 1, rank 1 holds 2 and 3.
 PLACEMENT = Placement(slot_to_expert_LS=np.array([[0, 1, 2, 3]]), experts=4, ranks=2)

@@ -27,7 +27,6 @@ from router.policies import RoutingPolicy
 from router.policies.top_k import TopK
 from router.policies.top_p import TopP
 from sim.execution import Execution
-from sim.layout import Layout
 from sim.replay import Replay, rows_by_rank
 from sim.report import Report
 from traces.batching import make_steps
@@ -192,7 +191,8 @@ def test_traffic_by_hand() -> None:
     # Once to each rank, token 3's row is sent once.
     assert report_of(protocol="per_rank").network_bytes_per_step == 2 * 3 * 16
     # The same between nodes.
-    far = report_of(layout=Layout(node_of_G=np.array([0, 1])))
+    apart = gpu_cluster(replace(DEVICES["h100_sxm"], ranks_per_node=1), 2)
+    far = replace(replay_of(trace_of()), cluster=apart).run(RoutingPolicy(selection=TopK(k=2)), PLACEMENT)[0]
     assert far.bytes_by_tier == {"scale_up": 0, "scale_out": 2 * 4 * 16}
 
 

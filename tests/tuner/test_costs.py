@@ -160,7 +160,7 @@ def test_any_field_of_a_scenario_can_be_varied(tmp_path: Path) -> None:
         ({"costs": "trtllm", "cluster": {"device": "l40s", "ranks": 8}}, "no measured kernels of 'l40s'"),
         ({"costs": ["vllm"], "cluster": {"device": "a100_sxm", "ranks": 8}}, "no vllm kernels of a100_sxm come with"),
         ({"costs": ["nowhere.json"]}, "no such profile"),
-        ({"weights": "int3"}, "weights: unknown dtype 'int3'; known are bfloat16"),
+        ({"weights": "int3"}, "weights: unknown dtype 'int3'; known are float32, bfloat16"),
         ({"dispatch_dtype": "int3"}, "dispatch_dtype"),
     ],
 )
