@@ -448,3 +448,31 @@ def test_a_disturbance_that_cannot_be_is_refused(options: dict[str, Any], messag
 def test_a_fault_that_the_cluster_cannot_have_is_refused(fault: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         simulate_events(program(*TWO_LAYERS), NETWORK, disturbed(fault))
+
+
+def test_jitter_differs_from_step_to_step_and_repeats() -> None:
+    gate = program(compute("gate", 1, 1))
+    disturbance = Disturbance(jitter=0.2, seed=3)
+    first, second, again = (simulate_events(gate, NETWORK, disturbance, step=step).step_s for step in (0, 1, 0))
+    assert first == again != second
+
+
+def test_what_was_slowed_stays_slowed_when_the_other_is_lost() -> None:
+    # Both at half pace from 1 s on: the 5 s of dispatch have done 1 at 3 s, when rank 0's kernel is lost; 4 are left.
+    dispatch = replace(communicate("dispatch", 5, 2), pace=0.5)
+    lanes = [
+        (Block.of([compute("gate", 1, 1), dispatch]),),
+        (Block.of([compute("gate", 9, 0), communicate("dispatch", 0, 2)]),),
+    ]
+    timeline = simulate_events(Program.of(lanes), NETWORK, disturbed("rank0=lost@3", detect_s=0.5))
+    ends = {(i.lane, i.operation): i.end_s for i in timeline.intervals if i.rank == 1}
+    assert ends[0, "dispatch"] == pytest.approx(7)
+
+
+def test_a_link_that_changes_after_a_collective_leaves_it_alone() -> None:
+    cluster = two_nodes()
+    network = Network(cluster=cluster, costs=Roofline(cluster))
+    uneven = exchange_of(np.random.default_rng(0).integers(0, 50, (4, 4)))
+    step = program(*[replace(priced(uneven, network.costs), name="dispatch")])
+    before = simulate_events(step, network).step_s
+    assert simulate_events(step, network, disturbed("nic0=0.5@1e6")).step_s == before

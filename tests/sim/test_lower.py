@@ -416,3 +416,8 @@ def test_layers_and_widths_that_do_not_fit_are_said() -> None:
     layout = Layout(node_of_G=np.zeros(6, dtype=np.int64), expert_tensor=3)
     with pytest.raises(InputError, match="expert_tensor is 3, which does not divide the experts' width 16"):
         lower(TINY, [assigned(IDS)], PLACEMENT, policy=TOP_2, source_rank_T=sources, layout=layout)
+
+
+def test_tokens_of_a_rank_that_the_layout_has_not_are_refused() -> None:
+    with pytest.raises(InputError, match="tokens of rank 3, but the layout has 2 ranks; use one with as many"):
+        lower(TINY, [assigned(IDS)], PLACEMENT, policy=TOP_2, source_rank_T=np.array([0, 0, 3]))

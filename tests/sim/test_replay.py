@@ -11,6 +11,7 @@ import pytest
 from cost_models.cluster import gpu_cluster
 from cost_models.degrade import degrade
 from cost_models.devices import DEVICES
+from cost_models.kernel_costs import KernelCosts
 from cost_models.roofline import Roofline
 from router.capacity import Capacity
 from router.placement import place
@@ -19,6 +20,7 @@ from router.policies.top_k import TopK
 from router.policies.top_p import TopP
 from sim.execution import Execution, Overlap
 from sim.faults import Disturbance, Fault
+from sim.layout import Layout
 from sim.lower import PROTOCOLS, Protocol
 from sim.replay import Fidelity, Replay
 from sim.report import Report
@@ -405,3 +407,23 @@ def test_capacity_on_recorded_gpt_oss_trades_drops_for_balance(gpt_oss: RoutingT
     assert reports[0].token_imbalance < reports[-1].token_imbalance
     for report in reports:
         assert report.experts_per_token == pytest.approx(4 * (1 - report.dropped_share))
+
+
+def test_a_layout_of_another_cluster_is_refused(qwen: RoutingTrace) -> None:
+    with pytest.raises(InputError, match=r"the layout has 4 ranks on 1 nodes, the cluster 8 on 1; make it with"):
+        replay_of(qwen, 4, limit=1, layout=Layout.one_node(4))
+
+
+def test_without_graphs_the_step_lies_in_its_interval(qwen: RoutingTrace) -> None:
+    """Launches of 100 us are longer than most kernels, and certain."""
+    cluster = gpu_cluster(H100, RANKS)
+    replay = replace(
+        replay_of(qwen, 4, limit=1),
+        phase="decode",
+        costs=KernelCosts.shipped(cluster, "trtllm", "nccl"),
+        execution=Execution(graph_buckets=(), launch_s=1e-4),
+    )
+    placement = place("contiguous", qwen.loads_LE(), ranks=RANKS, slots=128)
+    report = replay.run(RoutingPolicy(selection=TopK(k=8)), placement, intervals=True)[0]
+    assert report.interval_s is not None
+    assert report.interval_s[0] <= report.step_s <= report.interval_s[1]
