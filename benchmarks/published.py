@@ -306,8 +306,13 @@ def main() -> None:
     how.add_argument("--json", action="store_true", help="one JSON document on standard output")
     how.add_argument("--markdown", action="store_true", help="the tables of docs/published.md")
     parser.add_argument("--group", choices=list(GROUPS), help="this group alone")
+    parser.add_argument("--pace", type=float, help="of kernels and collectives beside one another; 1: undisturbed")
     options = parser.parse_args()
-    document = summary(predict(read_cases(), options.group))
+    file = read_cases()
+    if options.pace is not None:
+        for case in file["cases"]:
+            case["inputs"]["pace"] = options.pace
+    document = summary(predict(file, options.group))
     if options.json:
         print(json.dumps(document, indent=2))
     else:

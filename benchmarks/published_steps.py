@@ -18,7 +18,7 @@ from router.placement import place
 from router.placement.base import Placement
 from sim.analytic import simulate_analytic
 from sim.blocks import blocks_of
-from sim.execution import Execution
+from sim.execution import OVERLAP_PACE, Execution
 from sim.layout import Layout
 from sim.lower import Work, lower
 from sim.program import Program
@@ -233,6 +233,7 @@ def _execution(given: Case) -> Execution:
         overlap=given["overlap"],
         graph_buckets=(tokens // 2, tokens) if given.get("cuda_graph", given["phase"] == "decode") else (),
         comm_sms=given.get("sms", 20),
+        overlap_pace=given.get("pace", OVERLAP_PACE),
         kv_dtype=dtypes.get("kv", "bfloat16"),
         attention_dtype=dtypes.get("gemm", "fp8_block"),
     )

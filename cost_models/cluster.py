@@ -252,8 +252,8 @@ def gpu_cluster(
     traffic spread over them perfectly; so is a leaf that is several switches. `host`: each node has one, joined to its
     GPUs by PCIe or NVLink-C2C. `latency_s` by tier, of each link. A cluster that fits into one node has no NICs.
     """
-    if oversubscription <= 0:
-        raise InputError(f"oversubscription {oversubscription:g}; it must be above 0 (1: non-blocking)")
+    if oversubscription < 1:
+        raise InputError(f"oversubscription {oversubscription:g}; it must be at least 1 (non-blocking)")
     nodes = -(-ranks // device.ranks_per_node)
     node_of_G = np.arange(max(ranks, 0)) // device.ranks_per_node
     joined: list[tuple[object, object, float, Tier]] = []

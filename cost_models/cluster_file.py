@@ -23,7 +23,7 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-_LINK_FIELDS = {"scale_up", "scale_out", "ranks_per_node", "host_bandwidth"}
+_NOT_KERNELS = {"scale_up", "scale_out", "ranks_per_node", "host_bandwidth", "memory_bytes"}
 
 
 class _DeviceFile(_Strict):
@@ -48,13 +48,13 @@ class _DeviceFile(_Strict):
         return self
 
     def device(self) -> Device:
-        """Figures that are not given are those of `base`; its measured kernels hold where only links differ."""
+        """Figures not given are those of `base`; its kernels hold where only links or the size of its memory differ."""
         given = self.model_dump(exclude={"base"}, exclude_none=True)
         if self.base is not None:
             sheet = device(self.base)
             if not given:
                 return sheet
-            same_silicon = given.keys() <= _LINK_FIELDS | {"name"}
+            same_silicon = given.keys() <= _NOT_KERNELS | {"name"}
             told = {"name": f"custom {self.base}", "kernels_of": sheet.measured_as if same_silicon else ""} | given
             return replace(sheet, **told)
         missing = [f.name for f in fields(Device) if f.default is MISSING and f.name not in given]
@@ -82,7 +82,7 @@ class _ClusterFile(_Strict):
     ranks: int = Field(ge=1)
     ranks_per_node: int | None = Field(default=None, ge=1)
     fabric: Fabric | None = None
-    oversubscription: Positive = 1.0
+    oversubscription: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.0
     host: bool = True
     latency_s: dict[Tier, Seconds] = Field(default_factory=dict)
     links: list[_LinkFile] = Field(default_factory=list)
@@ -119,6 +119,9 @@ def _build(file: _ClusterFile, stem: str) -> Cluster:
     if file.ranks_per_node is not None:
         sheet = replace(sheet, ranks_per_node=file.ranks_per_node)
     if file.fabric is None and file.links:
+        idle = {"oversubscription", "host", "latency_s"} & file.model_fields_set
+        if idle:
+            raise InputError(f"{min(idle)}: of a fabric, and there are only links; name a fabric, or remove it")
         base = Cluster.of_links(
             [],
             name=stem,

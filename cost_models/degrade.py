@@ -18,8 +18,9 @@ def degrade(cluster: Cluster, changes: Sequence[str]) -> Cluster:
     | `nic5`, `switch0`, `leaf2`, … | 0.5 | all its links have half their bandwidth |
     | `nic5-leaf5` | 0.25 | the link between the two has a quarter, both ways |
 
-    `0` or `lost` takes it away: traffic finds another way, through a neighbour's NIC if need be, and `InputError` says
-    which pair has none left. Ranks after a lost one move up by one and keep their nodes; NICs keep their names.
+    What is slow keeps its traffic; `0` or `lost` takes it away: traffic finds another way, through a neighbour's NIC if
+    need be, and `InputError` says which pair has none left. Ranks after a lost one move up by one and keep their nodes;
+    NICs keep their names.
     """
     share: dict[Edge, float] = {}
     speed_G = cluster.speed_G.copy()

@@ -117,7 +117,9 @@ def summarize(
     step_s = float(np.mean(step_s_by_step))
     every_work = [work for of_step in works for work in of_step]
     ranks = every_work[0].ranks
-    tokens = sum(int(work.tokens_G.sum()) for work in every_work) / len(works)
+    tokens = sum(_tokens_done(of_step, timeline) for of_step, timeline in zip(works, timelines, strict=True)) / len(
+        works
+    )
     stage_s = _mean_of([_stage_s(timeline) for timeline in timelines])
     breakdown_s: dict[str, float] = {}
     for stage, seconds in stage_s.items():
@@ -151,6 +153,12 @@ def summarize(
         expert_flops_per_token=flops_per_token,
         memory=memory,
     )
+
+
+def _tokens_done(works: Sequence[Work], timeline: Timeline) -> int:
+    """Tokens of a step that came to its end: those of ranks that were lost did not."""
+    lost_G = np.isnan(timeline.end_OG).any(axis=0)
+    return sum(int(work.tokens_G[~lost_G].sum()) for work in works)
 
 
 def _sum_of(parts: Sequence[dict[str, float]]) -> dict[str, float]:

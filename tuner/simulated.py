@@ -75,6 +75,7 @@ def _facts(replays: Replays, report: Report) -> tuple[str, ...]:
         f"{what}; steps: {report.steps} of {batch.tokens_per_rank:,} tokens a rank, {batch.phase}.",
         f"{replays.cluster.name}{_shared(replays.layout)}; costs: {report.costs}.",
         f"{report.name}; {how}.",
+        *(f"Fault: {fault} s." for fault in scenario.disturbance.faults),
     )
 
 

@@ -1,7 +1,7 @@
 """`moeroute simulate`: replay scenarios' traces on their clusters, one alone or several side by side."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
@@ -63,6 +63,8 @@ def simulate(
     write_json(out / REPORT_FILE, document)
     write_chrome_trace(out / TIMELINE_FILE, {run.name if compare else run.report.name: run.timeline for run in runs})
     written = [REPORT_FILE, f"{TIMELINE_FILE} (open it in ui.perfetto.dev)"]
+    for stale in (out / PAGE_FILE, *out.glob("cluster*.svg")):  # of an earlier run, which this one does not describe
+        stale.unlink(missing_ok=True)
     if html:
         from tuner.simulation_html import write_simulation_html
 
@@ -76,8 +78,13 @@ def simulate(
     elif compare:
         print_comparison(runs)
     else:
-        print_report(runs[0].report, runs[0].bound)
+        run = runs[0]
+        faults = ", ".join(run.scenario.disturbance.faults)
+        print_report(run.report, run.bound, {"cluster": run.cluster.name} | ({"faults": faults} if faults else {}))
     say(f"wrote to {out}: {', '.join(written)}")
+    for run in runs:
+        for fault in run.too_late:
+            say(f"fault {fault} never came: {run.name} ends at {max(run.report.step_s_by_step):.4g} s")
     too_large = [run for run in runs if not run.report.memory.fits]
     for run in too_large:
         say(f"{run.name + ' ' if compare else ''}{does_not_fit(run.report.memory, run.scenario)}")
@@ -100,7 +107,21 @@ class Run:
     @property
     def document(self) -> dict[str, Any]:
         """As JSON."""
-        return {"event": self.report.to_json(), "analytic": self.bound.to_json()}
+        return {
+            "scenario": self.name,
+            "cluster": self.cluster.name,
+            "faults": list(self.scenario.disturbance.faults),
+            "event": self.report.to_json(),
+            "analytic": self.bound.to_json(),
+        }
+
+    @property
+    def too_late(self) -> list[str]:
+        """Faults that came when every step had ended."""
+        from sim.faults import Fault
+
+        last_s = max(self.report.step_s_by_step)
+        return [fault for fault in self.scenario.disturbance.faults if Fault.parse(fault).at_s >= last_s]
 
 
 def changed(scenario: "Scenario", degrade: Sequence[str], fail: Sequence[str], overlap: str | None) -> "Scenario":
@@ -153,7 +174,6 @@ def _replays_of(scenario: "Scenario", traces: "dict[Any, RoutingTrace]", *, pref
 
     `InputError`, after `prefix`, where something does not fit or a fault hits nothing.
     """
-    from sim.faults import Schedule
     from traces.errors import InputError
     from tuner.replays import Replays, load_trace
 
@@ -162,7 +182,6 @@ def _replays_of(scenario: "Scenario", traces: "dict[Any, RoutingTrace]", *, pref
         if same not in traces:
             traces[same] = load_trace(scenario)
         replays = Replays.of(scenario, traces[same])
-        Schedule.of(replays.windows["tune"].disturbance.faults, replays.cluster)
     except InputError as error:
         raise InputError(f"{prefix}{error}") from error
     return replays
@@ -241,12 +260,13 @@ def _in_parts(memory: "MemoryUse") -> str:
     )
 
 
-def print_report(report: "Report", bound: "Report") -> None:
-    """A replay as tables."""
+def print_report(report: "Report", bound: "Report", about: "Mapping[str, str] | None" = None) -> None:
+    """A replay as tables; `about`: what stands above its figures."""
     from cost_models.units import human_seconds
     from sim.report import PARTS
 
     rows: list[tuple[str, str]] = [
+        *(about or {}).items(),
         ("step time, event simulation", human_seconds(report.step_s)),
         ("with all costs at the ends of their 90% intervals", interval_in_words(report) or "no intervals"),
         ("step time, analytic lower bound", human_seconds(bound.step_s)),

@@ -123,7 +123,8 @@ def test_simulating_twice_gives_the_same_bytes(folder: Path) -> None:
 def test_two_scenarios_are_compared_under_their_names(folder: Path) -> None:
     document = simulated(folder, "scenario.yaml", "lpt.yaml", "--compare", out="compared")
     assert list(document) == ["small", "packed"]
-    assert {*document["small"]} == {"event", "analytic"}
+    assert {*document["small"]} == {"scenario", "cluster", "faults", "event", "analytic"}
+    assert (document["small"]["scenario"], document["small"]["faults"]) == ("small", [])
     assert document["small"]["event"] == simulated(folder, "scenario.yaml", out="alone")["event"]
     assert processes(folder / "compared" / "timeline.json") == [
         f"{name}: rank {rank}" for name in ("small", "packed") for rank in range(4)

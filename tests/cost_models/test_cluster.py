@@ -297,8 +297,8 @@ def test_an_unknown_preset_names_the_known_ones() -> None:
         preset_cluster("h100")
 
 
-def test_a_fabric_is_one_of_three_and_oversubscription_is_positive() -> None:
+def test_a_fabric_is_one_of_three_and_oversubscription_at_least_one() -> None:
     with pytest.raises(InputError, match="unknown fabric 'torus'; known are rail, fat_tree, flat"):
         gpu_cluster(SMALL, 4, fabric="torus")  # type: ignore[arg-type]
-    with pytest.raises(InputError, match="oversubscription 0; it must be above 0"):
-        gpu_cluster(SMALL, 4, oversubscription=0.0)
+    with pytest.raises(InputError, match=r"oversubscription 0.5; it must be at least 1 \(non-blocking\)"):
+        gpu_cluster(SMALL, 4, oversubscription=0.5)

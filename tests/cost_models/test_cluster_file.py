@@ -97,7 +97,11 @@ BASE = "device: h100_sxm\nranks: 4\n"
         ("device: {sms: 4}\nranks: 4", "device: without a base it needs name, memory_bytes, memory_bandwidth, "),
         ("device: h100_sxm\nranks: 0", "ranks: input should be greater than or equal to 1 (it is 0)"),
         (BASE + "fabric: torus", "fabric: input should be 'rail', 'fat_tree' or 'flat' (it is 'torus')"),
-        (BASE + "oversubscription: 0", "oversubscription: input should be greater than 0 (it is 0)"),
+        (BASE + "oversubscription: 0", "oversubscription: input should be greater than or equal to 1 (it is 0)"),
+        (
+            BASE + "host: true\nlinks: [{from: gpu0, to: gpu1, bandwidth_bytes_s: 1}]",
+            "host: of a fabric, and there are only links; name a fabric, or remove it",
+        ),
         (BASE + "latency_s: {wifi: 1}", "latency_s.wifi.[key]: input should be 'scale_up', 'scale_out', "),
         (BASE + "links: [{from: gpu0, to: gpu1}]", "links.0.bandwidth_bytes_s: missing; add it"),
         (
