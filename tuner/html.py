@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import cycle
-from math import ceil, log2
+from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from cost_models.profile import Profile
 from sim.report import Report
 from traces.stats import TraceStats
 from tuner import html_page as h
-from tuner.html_plot import figure_text, plot, write_page
+from tuner.html_plot import figure_text, load_axis, log_load, plot, write_page
 from tuner.study import StudyResult, Trial
 
 if TYPE_CHECKING:  # loads torch, which a page needs nothing of
@@ -31,8 +31,6 @@ _POLICY_COLOURS = ("#0072b2", "#d55e00", "#00805e", "#8e4585", "#8a6d00")
 _POLICY_SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross")
 _ROLE_COLOURS = {"baseline": "#1f2933", "winner": "#0072b2", "random": "#6b7785"}
 _BAR_COLOURS = (("#b3bac2", "#4a5561"), ("#8fc1e3", "#0072b2"))  # predicted and measured, of baseline and winner
-_HEAT_COLOURS = ["#5aa5d0", "#a9d0e5", "#f7f7f7", "#f6b99d", "#e0745c"]  # all of them carry dark text
-_HEAT_TICKS = (1 / 8, 1 / 4, 1 / 2, 2 / 3, 4 / 5, 9 / 10, 1, 10 / 9, 5 / 4, 3 / 2, 2, 4, 8)
 _KEPT_IN_SUMMARY = 0.95
 
 
@@ -340,9 +338,8 @@ def _heat_maps(ratios_LX: Mapping[str, NDArray[np.float64]], columns: str, capti
     """Ratios to 1 by layer and `columns`, side by side on one diverging logarithmic scale."""
     layers = max(ratio_LX.shape[0] for ratio_LX in ratios_LX.values())
     plot_px = min(600, max(120, 34 * layers))
-    logs_LX = [np.log2(np.clip(ratio_LX, _HEAT_TICKS[0], _HEAT_TICKS[-1])) for ratio_LX in ratios_LX.values()]
+    logs_LX = [log_load(ratio_LX) for ratio_LX in ratios_LX.values()]
     extent = max(0.16, *(float(np.abs(log_LX).max()) for log_LX in logs_LX))
-    ticks = [tick for tick in _HEAT_TICKS if tick == 1 or extent / 4 <= abs(log2(tick)) <= extent + 1e-9]
     figure = make_subplots(
         cols=len(ratios_LX), subplot_titles=[figure_text(name) for name in ratios_LX], shared_yaxes=True
     )
@@ -365,21 +362,7 @@ def _heat_maps(ratios_LX: Mapping[str, NDArray[np.float64]], columns: str, capti
     figure.update_yaxes(title="layer", col=1)
     figure.update_layout(
         margin={"t": 30 if any(ratios_LX) else 8, "b": 120},
-        coloraxis={
-            "colorscale": _HEAT_COLOURS,
-            "cmin": -extent,
-            "cmax": extent,
-            "colorbar": {
-                "orientation": "h",
-                "y": -56 / plot_px,
-                "yanchor": "top",
-                "thickness": 12,
-                "len": 0.8,
-                "title": {"text": "load over the mean of the layer", "side": "bottom"},
-                "tickvals": [log2(tick) for tick in ticks],
-                "ticktext": [f"{round(tick, 2):g}" for tick in ticks],
-            },
-        },
+        coloraxis=load_axis(extent, plot_px=plot_px),
     )
     return plot(f"{columns}-loads", figure, caption, height=plot_px + 140)
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from html import escape
-from math import ceil, log2
+from math import ceil
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,11 +10,9 @@ from plotly.subplots import make_subplots
 
 from cost_models.units import GB
 from sim.report import Report
-from tuner.html_plot import figure_text, plot
+from tuner.html_plot import figure_text, load_axis, log_load, plot
 from tuner.simulated import SimulatedScenario
 
-_LOAD_COLOURS = ["#5aa5d0", "#a9d0e5", "#f7f7f7", "#f6b99d", "#e0745c"]
-_LOAD_TICKS = (1 / 8, 1 / 4, 1 / 2, 2 / 3, 4 / 5, 9 / 10, 1, 10 / 9, 5 / 4, 3 / 2, 2, 4, 8)
 _TRAFFIC_COLOURS = ["#f7f7f7", "#a9d0e5", "#0072b2", "#0b2f4a"]
 _CELLS = 128  # ranks along one side of a heat map; of more, neighbours share a cell
 
@@ -43,7 +41,7 @@ def load_maps(scenarios: Sequence[SimulatedScenario]) -> str:
         ):
             load_LC, ticks_C = _pooled(load_LG)
             over_mean_LC = load_LC / np.maximum(load_LG.mean(axis=1, keepdims=True), 1e-9)
-            log_LC = np.log2(np.clip(over_mean_LC, _LOAD_TICKS[0], _LOAD_TICKS[-1]))
+            log_LC = log_load(over_mean_LC)
             extent = max(extent, float(np.abs(log_LC).max()))
             figure.add_heatmap(
                 z=log_LC.astype(np.float32),
@@ -72,24 +70,9 @@ def load_maps(scenarios: Sequence[SimulatedScenario]) -> str:
                 row=row,
                 col=column,
             )
-    ticks = [tick for tick in _LOAD_TICKS if tick == 1 or extent / 4 <= abs(log2(tick)) <= extent + 1e-9]
     figure.update_layout(
         margin={"t": 40, "b": 120},
-        coloraxis={
-            "colorscale": _LOAD_COLOURS,
-            "cmin": -extent,
-            "cmax": extent,
-            "colorbar": {
-                "orientation": "h",
-                "y": -56 / plot_px,
-                "yanchor": "top",
-                "thickness": 12,
-                "len": 0.8,
-                "title": {"text": "load over the mean of the layer", "side": "bottom"},
-                "tickvals": [log2(tick) for tick in ticks],
-                "ticktext": [f"{round(tick, 2):g}" for tick in ticks],
-            },
-        },
+        coloraxis=load_axis(extent, plot_px=plot_px),
     )
     busiest = "; ".join(
         f"{escape(s.name) + ': ' if len(scenarios) > 1 else ''}{s.report.token_imbalance:.2f} in rows, "
