@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from cost_models.cluster import Cluster
 from cost_models.devices import DEVICES, Device
+from cost_models.kernel_fit import Located
 from cost_models.kernel_profile import FittedKernel, KernelProfile, shipped_profile
 from cost_models.kernels import TABLES, kind_named
 from cost_models.kernels.base import Kernel
@@ -88,15 +89,19 @@ class _Candidate:
     device: Device
     links: tuple[float, float]
 
-    def predict(self, operation: Operation) -> tuple[Floats, Floats]:
-        """Seconds, and how far beyond what was measured, each of shape X."""
+    def locate(self, operation: Operation) -> Located:
+        """Where the operation lies among what was measured."""
         description = self.kernel.describe(_without_kind(operation, self.fitted.kind), self.device)
-        seconds_X, beyond_X = self.fitted.fit.predict(description)
+        return self.fitted.fit.locate(description)
+
+    def seconds(self, located: Located) -> Floats:
+        """Seconds of an operation that was located, shape X."""
+        seconds_X = self.fitted.fit.seconds(located)
         if self.links[0] < 1:
             # A link that was never the bottleneck has left no price. On a slower one it may be.
-            for terms in description.stages.values():
+            for terms in located.description.stages.values():
                 seconds_X = np.maximum(seconds_X, terms.get("up", np.zeros(())) / _LINK_REACH)
-        return seconds_X, beyond_X
+        return seconds_X
 
 
 class KernelCosts:
@@ -197,7 +202,8 @@ class KernelCosts:
         return self._choose(operation)[0].fitted
 
     def _measured(self, operation: Operation) -> Prediction:
-        chosen, seconds_X, beyond_X = self._choose(operation)
+        chosen, located = self._choose(operation)
+        seconds_X, beyond_X = chosen.seconds(located), located.beyond_X
         if isinstance(operation, TokenExchange) and operation.traffic is not None and not self._cluster.is_nominal:
             seconds_X = self._over_links(operation, chosen, seconds_X)
         low_X, high_X = chosen.fitted.spread.around(seconds_X, beyond_X)
@@ -214,7 +220,8 @@ class KernelCosts:
     def fixed_s(self, operation: TokenExchange) -> Floats:
         """Seconds of an exchange that no byte costs, shape X: launch, synchronising and messages of its kernel."""
         if self._serving(operation):
-            return self._choose(operation)[0].predict(operation.empty())[0]
+            chosen, _ = self._choose(operation)
+            return chosen.seconds(chosen.locate(operation.empty()))
         return self.seconds(operation.empty())
 
     def _over_links(self, operation: TokenExchange, chosen: _Candidate, seconds_X: Floats) -> Floats:
@@ -232,7 +239,7 @@ class KernelCosts:
         shape = legs_XGG.shape[:-2]
         links_L, latency_L = self._cluster.link_load_s(legs_XGG.reshape(-1, *legs_XGG.shape[-2:]))
         links_X, latency_X = links_L.reshape(shape), latency_L.reshape(shape)
-        fixed_X = np.minimum(chosen.predict(operation.empty())[0], seconds_X)
+        fixed_X = np.minimum(chosen.seconds(chosen.locate(operation.empty())), seconds_X)
         slower_X = np.where(ports_X > 0, links_X / np.where(ports_X > 0, ports_X, 1), 1)
         return np.asarray(fixed_X + (seconds_X - fixed_X) * slower_X + latency_X)
 
@@ -254,22 +261,21 @@ class KernelCosts:
             parts += [MlaProjection(rows_X=tokens_X, heads_X=heads, step=step) for step in steps]
         return reduce(Prediction.then, map(self.predict, parts))
 
-    def _choose(self, operation: Operation) -> tuple[_Candidate, Floats, Floats]:
-        """Of the first profile that serves the operation the kernel whose measurements lie nearest, and its answer.
+    def _choose(self, operation: Operation) -> tuple[_Candidate, Located]:
+        """Of the first profile that serves the operation the kernel whose measurements lie nearest.
 
         Where kernels differ by how rows came, one made for another way than the operation's counts as further away.
         """
         candidates = self._candidates_for(operation)
-        found: list[tuple[float, int, _Candidate, Floats, Floats]] = []
+        found: list[tuple[float, int, _Candidate, Located]] = []
         for candidate in candidates:
             if candidate.profile is not candidates[0].profile:
                 break
-            seconds_X, beyond_X = candidate.predict(operation)
+            located = candidate.locate(operation)
             fits = not isinstance(operation, Experts) or getattr(candidate.kernel, "made_for", "") == operation.mode
-            away = float(beyond_X.mean()) + (0.0 if fits else _OTHER_MODE)
-            found.append((away, len(found), candidate, seconds_X, beyond_X))
-        _, _, chosen, seconds_X, beyond_X = min(found, key=lambda one: one[:2])
-        return chosen, seconds_X, beyond_X
+            away = float(located.beyond_X.mean()) + (0.0 if fits else _OTHER_MODE)
+            found.append((away, len(found), candidate, located))
+        return min(found, key=lambda one: one[:2])[2:]
 
     def _serving(self, operation: Operation) -> list[_Candidate]:
         return [c for c in self._candidates if c.kernel.serves(operation, op=c.fitted.op)]

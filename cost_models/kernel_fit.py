@@ -32,21 +32,39 @@ class Fit:
         Beyond is the sum over features of the distance to what was seen; the residual halves with every unit of it
         (a doubling, where axes are logarithmic), so that only physics is left far away.
         """
+        located = self.locate(description)
+        return self.seconds(located), located.beyond_X
+
+    def locate(self, description: Description) -> "Located":
+        """Where operations lie in the region that was seen: enough to choose between fits, for a part of the work."""
         unknown = [name for name in self.features if name not in description.features]
         if unknown or not description.stages.keys() <= self.physics.prices.keys():
             raise InputError("a kernel was fitted as another version of moeroute describes it; fit its profile again")
-        physical_X = self.physics.seconds(description)
         features = [np.asarray(description.features[name]) for name in self.features]
-        shape = np.broadcast_shapes(np.shape(physical_X), *(feature.shape for feature in features))
+        terms = [np.shape(term) for terms in description.stages.values() for term in terms.values()]
+        shape = np.broadcast_shapes(*terms, *(feature.shape for feature in features))
         matrix_FN = feature_matrix(description, self.features, self.sources, shape)
         beyond_N = np.zeros(matrix_FN.shape[1])
         _add_distances(matrix_FN, self.low_F - _SLACK, self.high_F + _SLACK, beyond_N)
-        residual_N = self.trees.predict(
-            matrix_FN
-        )  # all thresholds lie inside the region: beyond, the edge's leaf holds
-        if beyond_N.any():
-            residual_N *= 2.0**-beyond_N
-        return physical_X * np.exp(residual_N).reshape(shape), beyond_N.reshape(shape)
+        return Located(description=description, matrix_FN=matrix_FN, beyond_X=beyond_N.reshape(shape))
+
+    def seconds(self, located: "Located") -> NDArray[np.float64]:
+        """Seconds of operations that were located, shape X."""
+        beyond_X = located.beyond_X
+        # All thresholds lie inside the region: beyond it the edge's leaf holds.
+        residual_X = self.trees.predict(located.matrix_FN).reshape(beyond_X.shape)
+        if beyond_X.any():
+            residual_X = residual_X * 2.0**-beyond_X
+        return np.asarray(self.physics.seconds(located.description) * np.exp(residual_X))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Located:
+    """Operations in the region of a fit: their features [F, N], and how far beyond it they lie, of shape X."""
+
+    description: Description
+    matrix_FN: NDArray[np.float32]
+    beyond_X: NDArray[np.float64]
 
 
 @numba.njit(cache=True)
