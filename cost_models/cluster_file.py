@@ -13,7 +13,7 @@ from cost_models.cluster import PRESET_CLUSTERS, Cluster, Fabric, Link, gpu_clus
 from cost_models.degrade import degrade
 from cost_models.devices import DEVICES, Device, device
 from cost_models.topology import Tier
-from traces.errors import InputError
+from traces.errors import InputError, first_problem
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -109,7 +109,7 @@ def read_cluster(path: Path) -> Cluster:
     try:
         return _build(_ClusterFile.model_validate(document), path.stem)
     except ValidationError as error:
-        raise InputError(f"{path}: {_first_problem(error)}") from error
+        raise InputError(f"{path}: {first_problem(error)}") from error
     except (InputError, ValueError) as error:
         raise InputError(f"{path}: {error}") from error
 
@@ -165,15 +165,3 @@ def _end(name: str, field: str, ranks: int) -> object:
             "other names are letters, digits and . : _"
         )
     return int(number[1])
-
-
-def _first_problem(error: ValidationError) -> str:
-    first = error.errors()[0]
-    field = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        return f"{field}: unknown key; remove it or correct its name"
-    if first["type"] == "missing":
-        return f"{field}: missing; add it"
-    message = first["msg"].removeprefix("Value error, ")
-    shown = "" if isinstance(first["input"], dict | list) else f" (it is {first['input']!r})"
-    return f"{field}: {message[:1].lower() + message[1:]}{shown}"

@@ -4,9 +4,6 @@ F flows (rank pairs with bytes left) · X links that can be the slowest (`Routes
 link that is full and on which no flow is faster; when a flow ends, the others speed up.
 """
 
-# numba's decorators are untyped; the compiled kernels behind them are typed by hand.
-# mypy: disallow-untyped-decorators=False
-
 from dataclasses import dataclass
 from typing import Any
 

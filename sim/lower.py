@@ -187,7 +187,7 @@ def lower(
         model=model,
         layout=layout,
         protocol=protocol,
-        dispatch_dtype=dispatch_dtype or ("float32" if model.activation_bytes == 4 else "bfloat16"),
+        dispatch_dtype=dispatch_dtype or model.activation_dtype,
         tokens_G=tokens_G,
         context=context,
         rows_LS=rows_LS,

@@ -152,13 +152,7 @@ class Replay:
         replica_choice: ReplicaChoice = "even",
     ) -> tuple[Work, ...]:
         """The work of one step: of one microbatch, or of each of two halves of every rank's tokens."""
-        context = Context.of_step(
-            self.trace,
-            step,
-            phase=self.phase,
-            ranks=self.cluster.ranks,
-            kv_tokens_per_rank=self.kv_tokens_per_rank,
-        )
+        context = self._context(step)
         rows = placement if self.sampled_layers is None else placement.take(self.layers)
 
         def work_of(source_rank_T: NDArray[np.int64], parts: Iterable[Assignment], context: Context) -> Work:
@@ -210,9 +204,7 @@ class Replay:
         """What the fullest rank must hold."""
         layout = self.shared
         step = self.steps[0]
-        context = Context.of_step(
-            self.trace, step, phase=self.phase, ranks=self.cluster.ranks, kv_tokens_per_rank=self.kv_tokens_per_rank
-        ).shared(layout.attention_tensor)
+        context = self._context(step).shared(layout.attention_tensor)
         device = self.cluster.device
         model = self.trace.model
         return memory_use(
@@ -223,7 +215,7 @@ class Replay:
             width=policy.selection.width,
             kv_tokens_per_rank=float((context.requests_G * (context.cached_tokens_G + context.new_tokens_G)).max()),
             protocol=self.protocol,
-            dispatch_dtype=self.dispatch_dtype or ("float32" if model.activation_bytes == 4 else "bfloat16"),
+            dispatch_dtype=self.dispatch_dtype or model.activation_dtype,
             kv_dtype=self.execution.kv_dtype,
             capacity_bytes=None if device is None else device.memory_bytes,
         )
@@ -276,6 +268,11 @@ class Replay:
             flops_per_token=model.flops_per_token(quality.experts_per_token),
         )
         return report, timelines, works
+
+    def _context(self, step: Step) -> Context:
+        return Context.of_step(
+            self.trace, step, phase=self.phase, ranks=self.cluster.ranks, kv_tokens_per_rank=self.kv_tokens_per_rank
+        )
 
     def _ends_s(self, lanes: Sequence[Blocks], fidelity: Fidelity, step: int) -> list[float]:
         low, high = zip(*(at_interval_ends(blocks) for blocks in lanes), strict=True)

@@ -108,6 +108,11 @@ class ModelSpec:
         return next((name for bytes_, name in _DTYPE_OF_BYTES.items() if self.weight_bytes >= bytes_), "mxfp4")
 
     @property
+    def activation_dtype(self) -> str:
+        """The format of activations, as they travel unless told otherwise."""
+        return "float32" if self.activation_bytes == 4 else "bfloat16"
+
+    @property
     def other_dtype(self) -> str:
         """The format of weights outside the experts: theirs, but bfloat16 beside 4-bit experts."""
         return self.dtype if self.weight_bytes >= 1 else "bfloat16"

@@ -19,7 +19,7 @@ from router.policies import SELECTIONS, RoutingPolicy, make_selection
 from sim.execution import GRAPH_BUCKETS, OVERLAP_PACE, Execution, Extent, Overlap
 from sim.faults import Disturbance, Fault
 from sim.lower import Protocol
-from traces.errors import InputError
+from traces.errors import InputError, first_problem
 
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -330,17 +330,4 @@ def parse_scenario(document: Any, *, source: str) -> Scenario:
     try:
         return Scenario.model_validate(document)
     except ValidationError as error:
-        raise InputError(f"{source}: {_first_problem(error, document)}") from error
-
-
-def _first_problem(error: ValidationError, document: dict[str, Any]) -> str:
-    first = error.errors()[0]
-    field = ".".join(str(part) for part in first["loc"] if part not in _TAGS)
-    if first["type"] == "extra_forbidden":
-        return f"{field}: unknown key; remove it or correct its name"
-    if first["type"] == "missing":
-        return f"{field}: missing; add it"
-    message = first["msg"].removeprefix("Value error, ")
-    value = first["input"]
-    shown = "" if isinstance(value, dict | list) or value is document else f" (it is {value!r})"
-    return f"{field}: {message[:1].lower() + message[1:]}{shown}" if field else message
+        raise InputError(f"{source}: {first_problem(error, unnamed=_TAGS, whole=document)}") from error
