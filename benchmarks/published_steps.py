@@ -186,7 +186,9 @@ def _chosen(
 def _assignment(ids_TK: Ids) -> Assignment:
     kept_TK = np.ones(ids_TK.shape, dtype=bool)
     weights_TK = np.full(ids_TK.shape, 1 / ids_TK.shape[1], dtype=np.float32)
-    return Assignment(ids_TK=ids_TK, scores_TK=weights_TK, weights_TK=weights_TK, kept_TK=kept_TK)
+    return Assignment(
+        ids_TK=ids_TK, scores_TK=weights_TK, weights_TK=weights_TK, kept_TK=kept_TK, rerouted_TK=np.zeros_like(kept_TK)
+    )
 
 
 def _placement(given: Case, model: ModelSpec, drawing: Drawing) -> Placement:

@@ -1,17 +1,19 @@
 """Capacity: the most pairs an expert computes in a step, and which pairs go when it is exceeded."""
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
 
 from router.assignment import Assignment
 from router.backends import Array, bincount, namespace, rank_within_group
 from router.candidates import Candidates
 from router.context import RouteContext
+from router.parameters import choice, number
+from router.part import Kind, Part
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Capacity:
+class Capacity(Part):
     """Each expert computes at most C = ceil(tokens * K / E * factor) pairs; the rest are dropped.
 
     K is the most experts a token can get, as Megatron counts it. `scope` says over which tokens: those of one
@@ -19,9 +21,20 @@ class Capacity:
     `drop` says which pairs go first: `position`, the later tokens (GShard); `probs`, the smaller weights.
     """
 
-    factor: float
-    drop: Literal["position", "probs"] = "probs"
-    scope: Literal["source_rank", "global"] = "source_rank"
+    name: ClassVar[str] = "capacity"
+    kind: ClassVar[Kind] = "capacity"
+    source: ClassVar[str] = "GShard, arXiv 2006.16668; Switch, arXiv 2101.03961"
+    factor: float = field(metadata=number(0.75, 2.0, "places over an even share of the pairs", step=0.05))
+    drop: Literal["position", "probs"] = field(
+        default="probs", metadata=choice(("position", "probs"), "which pairs go first")
+    )
+    scope: Literal["source_rank", "global"] = field(
+        default="source_rank", metadata=choice(("source_rank", "global"), "over which tokens places are counted")
+    )
+
+    def describe(self) -> str:
+        """In a few words."""
+        return f"cf={self.factor:.4g} {self.drop}"
 
     def pairs_per_expert(self, tokens: int, k: int, experts: int) -> int:
         """C for `tokens` tokens in the scope.

@@ -3,7 +3,11 @@
 from dataclasses import dataclass
 from typing import Any
 
-State = dict[str, Any]
+from router.history import RoutingHistory
+from router.prices import RoutePrices
+from traces.errors import InputError
+
+State = dict[str, Any]  # numbers and arrays by name, of one layer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -11,9 +15,24 @@ class RouteContext:
     """What a policy may know besides the candidates.
 
     `layer` counts from 0; `renormalise`: the model scales the weights of a token's chosen experts to sum
-    to one; `ranks` is the number of source ranks.
+    to one; `ranks` is the number of source ranks. `history`: what earlier traffic says of the model's routing, and
+    `prices` where its experts are and what a choice costs; None where nobody has looked.
     """
 
     layer: int
     ranks: int
     renormalise: bool
+    history: RoutingHistory | None = None
+    prices: RoutePrices | None = None
+
+    def history_for(self, policy: str) -> RoutingHistory:
+        """The history; `InputError` for a policy that cannot do without."""
+        if self.history is None:
+            raise InputError(f"policy {policy} needs earlier traffic of the model; give the replay a RoutingHistory")
+        return self.history
+
+    def prices_for(self, policy: str) -> RoutePrices:
+        """The prices; `InputError` for a policy that cannot do without."""
+        if self.prices is None:
+            raise InputError(f"policy {policy} needs a placement and prices; give the context RoutePrices")
+        return self.prices

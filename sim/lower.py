@@ -204,7 +204,7 @@ def route_operation(policy: RoutingPolicy, placement: Placement, tokens_G: NDArr
     """What the policy itself costs on each rank."""
     return Route(
         tokens_X=tokens_G,
-        width=policy.selection.width,
+        width=policy.width,
         dynamic=policy.selection.name != "top_k",
         capacity=None if policy.capacity is None else policy.capacity.drop,
         replicas=placement.slots > placement.experts,

@@ -14,8 +14,10 @@ from router.assignment import Assignment
 from router.backends import rank_within_group
 from router.candidates import Candidates
 from router.context import RouteContext, State
+from router.history import RoutingHistory
 from router.placement.base import Placement
 from router.policies import RoutingPolicy
+from router.prices import RoutePrices
 from router.quality import RoutingQuality, routing_quality
 from router.replicas import ReplicaChoice
 from sim.analytic import simulate_analytic
@@ -27,6 +29,7 @@ from sim.layout import Layout
 from sim.lower import Protocol, Work, lower
 from sim.memory import MemoryUse, memory_use
 from sim.network import Network
+from sim.prices import prices_of
 from sim.program import Program
 from sim.report import Report, summarize
 from sim.stages import Blocks, at_interval_ends
@@ -46,7 +49,8 @@ class Replay:
     `steps` of `phase` index into `trace`; `dispatch_dtype` is that of dispatched tokens (None: as the activations);
     `kv_tokens_per_rank` are cached tokens of a rank's own requests (0: what the recorded positions say). `layout` None:
     every rank has its own tokens and whole experts. `sampled_layers`: simulate so many, each for its neighbours too
-    (None: all). `disturbance`: what the event fidelity adds.
+    (None: all). `disturbance`: what the event fidelity adds. `history`: earlier traffic of the model, for policies that
+    are set by it.
     """
 
     trace: RoutingTrace
@@ -61,6 +65,7 @@ class Replay:
     execution: Execution = field(default_factory=Execution)
     sampled_layers: int | None = None
     disturbance: Disturbance = field(default_factory=Disturbance)
+    history: RoutingHistory | None = None
 
     def __post_init__(self) -> None:
         if not self.steps:
@@ -125,14 +130,37 @@ class Replay:
             for step in self.steps
         ]
 
-    def route(self, policy: RoutingPolicy) -> tuple[list[list[Assignment]], RoutingQuality]:
+    def prices(self, policy: RoutingPolicy, placement: Placement) -> RoutePrices | None:
+        """What choices cost, for a policy that asks; None for one that does not."""
+        if not policy.needs("placement and prices"):
+            return None
+        return prices_of(
+            self.trace.model,
+            placement,
+            self.costs,
+            layout=self.shared,
+            protocol=self.protocol,
+            dispatch_dtype=self.dispatch_dtype or self.trace.model.activation_dtype,
+            tokens_per_rank=self.steps[0].tokens_T.size // self.cluster.ranks,
+            width=policy.width,
+        )
+
+    def route(
+        self, policy: RoutingPolicy, prices: RoutePrices | None = None
+    ) -> tuple[list[list[Assignment]], RoutingQuality]:
         """The assignments of every layer, step by step, and what they keep."""
         states: list[State] = [{} for _ in self.layers]
         assignments = []
         for layers in self.candidates:
             of_step = []
             for row, (layer, candidates) in enumerate(zip(self.layers.tolist(), layers, strict=True)):
-                context = RouteContext(layer=layer, ranks=self.cluster.ranks, renormalise=self.trace.model.renormalise)
+                context = RouteContext(
+                    layer=layer,
+                    ranks=self.cluster.ranks,
+                    renormalise=self.trace.model.renormalise,
+                    history=self.history,
+                    prices=prices,
+                )
                 assignment, states[row] = policy.route(candidates, context, states[row])
                 of_step.append(assignment)
             assignments.append(of_step)
@@ -212,7 +240,7 @@ class Replay:
             placement,
             layout,
             tokens_per_rank=int(np.bincount(step.source_rank_T).max()),
-            width=policy.selection.width,
+            width=policy.width,
             kv_tokens_per_rank=float((context.requests_G * (context.cached_tokens_G + context.new_tokens_G)).max()),
             protocol=self.protocol,
             dispatch_dtype=self.dispatch_dtype or model.activation_dtype,
@@ -248,7 +276,7 @@ class Replay:
                 f"the placement is for {placement.layers} layers of {placement.experts} experts on {placement.ranks} "
                 f"ranks, the replay has {model.layers} of {model.experts} on {layout.expert_groups}; place for these"
             )
-        assignments, quality = self.route(policy)
+        assignments, quality = self.route(policy, self.prices(policy, placement))
         works = [
             self.lower(policy, placement, step, of_step, replica_choice)
             for step, of_step in zip(self.steps, assignments, strict=True)

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from cost_models.cluster import Cluster
 from cost_models.devices import dtype_bytes
+from router.history import RoutingHistory
 from router.placement import place
 from router.placement.base import Placement, check_slots
 from sim.layout import Layout
@@ -41,13 +42,14 @@ class Replays:
     def of(cls, scenario: Scenario, trace: RoutingTrace | None = None) -> Self:
         """Read what the scenario names (but for a `trace` that is given); `InputError` if it does not fit together."""
         trace = _in_weights(trace or load_trace(scenario), scenario.weights)
-        check_width("config", scenario.config.routing_policy().selection.width, trace)
+        check_width("config", scenario.config.routing_policy().selection.reads, trace)
         cluster = make_cluster(scenario)
         layout = Layout.on(cluster, **scenario.layout.model_dump())
         check_slots(slots_of(scenario.config, trace), layout.expert_groups, trace.model.experts)
         scenario = fit_space(scenario, trace, layout.expert_groups)
         costs = make_costs(scenario, cluster)
         plan, *others = split_requests(trace, scenario.windows.shares)
+        history = None if plan.gates_TLC is None else RoutingHistory.of(plan)
         names: tuple[Window, Window] = ("tune", "validate")
         windows = {
             name: Replay(
@@ -69,6 +71,7 @@ class Replays:
                 protocol=scenario.protocol,
                 dispatch_dtype=scenario.dispatch_dtype,
                 kv_tokens_per_rank=scenario.batch.kv_tokens_per_rank,
+                history=history,
             )
             for name, window in zip(names, others, strict=True)
         }

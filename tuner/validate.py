@@ -142,6 +142,8 @@ def validate(
             policy=c.config.routing_policy(),
             placement=replays.placement(c.config),
             replica_choice=c.config.placement.replica_choice,
+            history=window.history,
+            prices=window.prices(c.config.routing_policy(), replays.placement(c.config)),
         )
         for c in contenders
     ]
@@ -156,6 +158,8 @@ def validate(
                 reference.model,
                 reference.corpus,
                 contender.config.routing_policy(),
+                history=window.history,
+                prices=deployments[index].prices,
                 sequences=_LOSS_SEQUENCES,
                 ranks=replays.cluster.ranks,
                 tokens_per_rank=scenario.batch.tokens_per_rank,

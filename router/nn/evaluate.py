@@ -8,10 +8,12 @@ import torch.nn.functional as F  # noqa: N812  # torch's own name for it
 from numpy.typing import NDArray
 
 from router.context import State
+from router.history import RoutingHistory
 from router.nn.lm import LanguageModel
 from router.nn.text import Corpus
 from router.nn.threads import one_thread
 from router.policies import RoutingPolicy
+from router.prices import RoutePrices
 from traces.errors import InputError
 
 _SEED = 0
@@ -55,12 +57,20 @@ class HeldOutLoss:
 
 
 def held_out_loss(
-    model: LanguageModel, corpus: Corpus, policy: RoutingPolicy, *, sequences: int, ranks: int, tokens_per_rank: int
+    model: LanguageModel,
+    corpus: Corpus,
+    policy: RoutingPolicy,
+    *,
+    sequences: int,
+    ranks: int,
+    tokens_per_rank: int,
+    history: RoutingHistory | None = None,
+    prices: RoutePrices | None = None,
 ) -> HeldOutLoss:
     """Run `sequences` fixed held-out sequences through `model` in steps of `ranks` * `tokens_per_rank` tokens.
 
     A rank holds whole sequences, and each step the same number of each domain where it can. Every call reads the
-    same text, so the losses of two policies are paired.
+    same text, so the losses of two policies are paired. `history` and `prices` are what a policy may ask for.
     Errors: `InputError` where sequences do not fill ranks or steps evenly, or the corpus has too few.
     """
     context, layers = model.config.context, model.config.layers
@@ -81,7 +91,15 @@ def held_out_loss(
     losses = []
     for text_BS in torch.split(text, sequences_per_step):
         with one_thread():
-            step = model.routed(text_BS[:, :-1], policy, source_rank_T=source_rank_T, ranks=ranks, states=states)
+            step = model.routed(
+                text_BS[:, :-1],
+                policy,
+                source_rank_T=source_rank_T,
+                ranks=ranks,
+                states=states,
+                history=history,
+                prices=prices,
+            )
         states = step.states
         loss_BS = F.cross_entropy(step.logits_BSV.mT, text_BS[:, 1:], reduction="none")
         losses.append(loss_BS.double().mean(dim=1).numpy())

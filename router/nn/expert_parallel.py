@@ -5,7 +5,7 @@ kernels are the very code that the simulator prices. On CPU ranks talk over gloo
 """
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -15,8 +15,10 @@ from cost_models.microbench.permute import combine, permute, regroup
 from cost_models.microbench.ranks import RankGroup
 from router.candidates import Candidates
 from router.context import RouteContext, State
+from router.history import RoutingHistory
 from router.placement.base import Placement
 from router.policies import RoutingPolicy
+from router.prices import RoutePrices
 from router.replicas import ReplicaChoice, choose_slots
 from traces.errors import InputError
 
@@ -74,7 +76,10 @@ def check_runnable(policy: RoutingPolicy, ranks: int) -> None:
 
 
 class ExpertParallelMoE:
-    """The MoE layers of a model as one rank of a group runs them: it holds the experts of its slots."""
+    """The MoE layers of a model as one rank of a group runs them: it holds the experts of its slots.
+
+    It remembers what its policy remembers, layer by layer, from step to step.
+    """
 
     def __init__(
         self,
@@ -85,13 +90,18 @@ class ExpertParallelMoE:
         policy: RoutingPolicy,
         replica_choice: ReplicaChoice,
         renormalise: bool,
+        history: RoutingHistory | None = None,
+        prices: RoutePrices | None = None,
     ) -> None:
         check_runnable(policy, group.ranks)
         self._group = group
         self._placement = placement
         self._policy = policy
         self._replica_choice = replica_choice
-        self._renormalise = renormalise
+        self._context = RouteContext(
+            layer=0, ranks=group.ranks, renormalise=renormalise, history=history, prices=prices
+        )
+        self._states: list[State] = [{} for _ in layers]
         first_slot = group.rank * placement.slots_per_rank
         own_LS = torch.as_tensor(placement.slot_to_expert_LS[:, first_slot : first_slot + placement.slots_per_rank])
         self._layers = [weights.of_experts(expert_S) for weights, expert_S in zip(layers, own_LS, strict=True)]
@@ -99,22 +109,18 @@ class ExpertParallelMoE:
     def forward(self, x_LTD: torch.Tensor) -> tuple[list[torch.Tensor], dict[str, float]]:
         """Run every layer on its own input [T, D] of this rank: the outputs, and the seconds of each stage."""
         watch = Stopwatch(self._group)
-        state: State = {}
-        outputs = []
-        for layer, x_TD in enumerate(x_LTD):
-            out_TD, state = self._layer(layer, x_TD, state, watch)
-            outputs.append(out_TD)
+        outputs = [self._layer(layer, x_TD, watch) for layer, x_TD in enumerate(x_LTD)]
         return outputs, watch.seconds
 
-    def _layer(self, layer: int, x_TD: torch.Tensor, state: State, watch: Stopwatch) -> tuple[torch.Tensor, State]:
+    def _layer(self, layer: int, x_TD: torch.Tensor, watch: Stopwatch) -> torch.Tensor:
         group, placement, weights = self._group, self._placement, self._layers[layer]
         ranks, slots_per_rank = group.ranks, placement.slots_per_rank
 
         candidates = gate(x_TD, weights.gate_ED, group.rank)
         watch.mark("gate")
 
-        context = RouteContext(layer=layer, ranks=ranks, renormalise=self._renormalise)
-        assignment, state = self._policy.route(candidates, context, state)
+        context = replace(self._context, layer=layer)
+        assignment, self._states[layer] = self._policy.route(candidates, context, self._states[layer])
         slot_TK = choose_slots(assignment, placement, layer, candidates.source_rank_T, self._replica_choice)
         watch.mark("route")
 
@@ -145,7 +151,7 @@ class ExpertParallelMoE:
 
         out_TD = combine(returned_ND, pair_N, assignment.weights_TK)
         watch.mark("combine")
-        return out_TD, state
+        return out_TD
 
 
 def gate(x_TD: torch.Tensor, gate_ED: torch.Tensor, rank: int) -> Candidates:

@@ -8,9 +8,11 @@ from torch import Tensor, nn
 
 from router.assignment import Assignment
 from router.context import RouteContext, State
+from router.history import RoutingHistory
 from router.nn.moe import MoELayer, TrainingRule
 from router.policies import RoutingPolicy
 from router.policies.top_k import TopK
+from router.prices import RoutePrices
 from traces.errors import InputError
 from traces.model import ModelSpec
 
@@ -128,11 +130,13 @@ class LanguageModel(nn.Module):
         source_rank_T: Tensor | None = None,
         ranks: int = 1,
         states: Sequence[State] | None = None,
+        history: RoutingHistory | None = None,
+        prices: RoutePrices | None = None,
     ) -> RoutedStep:
         """One step of all B * S tokens under `policy`: only the pairs it keeps are computed.
 
         `source_rank_T` says which of `ranks` holds each token (all of them rank 0 if it is None), `states` what the
-        policy remembers in each layer (nothing if it is None).
+        policy remembers in each layer (nothing if it is None); `history` and `prices` are what a policy may ask for.
         """
         x_BSD = self.embedding(tokens_BS)
         if source_rank_T is None:
@@ -140,7 +144,7 @@ class LanguageModel(nn.Module):
         assignments, next_states = [], []
         for layer, block in enumerate(self._blocks()):
             x_BSD = x_BSD + block.attention(block.norm_attention(x_BSD), self.turn_2SX[:, : tokens_BS.shape[1]])
-            context = RouteContext(layer=layer, ranks=ranks, renormalise=True)
+            context = RouteContext(layer=layer, ranks=ranks, renormalise=True, history=history, prices=prices)
             out_TD, assignment, state = block.moe.routed(
                 block.norm_moe(x_BSD).flatten(0, 1), policy, context, source_rank_T, states[layer] if states else {}
             )

@@ -13,12 +13,14 @@ from numpy.typing import NDArray
 
 from cost_models.microbench.benchmark import measure
 from cost_models.microbench.ranks import RankGroup, run_on_ranks
+from router.history import RoutingHistory
 from router.nn.expert_parallel import ExpertParallelMoE, MoEWeights, check_runnable
 from router.nn.microbench import probe_of
 from router.nn.record import layer_inputs
 from router.nn.store import ReferenceModel
 from router.placement.base import Placement
 from router.policies import RoutingPolicy
+from router.prices import RoutePrices
 from router.replicas import ReplicaChoice
 from traces.batching import Step
 from traces.model import ModelSpec
@@ -29,11 +31,13 @@ _PROBE_BUDGET_S = 0.1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Deployment:
-    """What is deployed: a policy, where the experts are, and which replica computes a pair."""
+    """What is deployed: a policy and what it asks for, where the experts are, and which replica computes a pair."""
 
     policy: RoutingPolicy
     placement: Placement
     replica_choice: ReplicaChoice
+    history: RoutingHistory | None = None
+    prices: RoutePrices | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,6 +120,8 @@ def _measure_rank(group: RankGroup, plan: _Plan) -> MeasuredRun:
             policy=deployment.policy,
             replica_choice=deployment.replica_choice,
             renormalise=plan.model.renormalise,
+            history=deployment.history,
+            prices=deployment.prices,
         )
         for deployment in plan.deployments
     ]

@@ -1,45 +1,89 @@
-"""Routing policies by name, and the whole policy of a deployment: a selection and an optional capacity."""
+"""Routing policies by name, and the whole policy of a deployment: selection, adjustment, capacity."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from inspect import getdoc
+from typing import Any, TypeVar
 
 from router.assignment import Assignment
 from router.candidates import Candidates
 from router.capacity import Capacity
 from router.context import RouteContext, State
-from router.policies.base import Selection
+from router.parameters import parameters_of
+from router.part import Part
+from router.policies.base import Adjustment, Selection, assign, widen
 from router.policies.skip import Skip
 from router.policies.top_k import TopK
 from router.policies.top_p import TopP
 from traces.errors import InputError
 
-SELECTIONS: dict[str, type[Selection]] = {kind.name: kind for kind in (TopK, TopP, Skip)}
+SELECTIONS: dict[str, type[Selection]] = {part.name: part for part in (TopK, TopP, Skip)}
+ADJUSTMENTS: dict[str, type[Adjustment]] = {}
+CAPACITIES: dict[str, type[Capacity]] = {Capacity.name: Capacity}
+POLICIES: Mapping[str, type[Part]] = {**SELECTIONS, **ADJUSTMENTS, **CAPACITIES}
+_P = TypeVar("_P", bound=Part)
 
 
-def make_selection(name: str, parameters: dict[str, Any]) -> Selection:
+def make_selection(name: str, parameters: Mapping[str, Any]) -> Selection:
     """The selection called `name`; `InputError` names an unknown name or parameter and the known ones."""
-    if name not in SELECTIONS:
-        raise InputError(f"unknown policy {name!r}; known are {', '.join(sorted(SELECTIONS))}")
-    known = [field.name for field in fields(SELECTIONS[name])]  # type: ignore[arg-type]  # leaves are dataclasses
-    if sorted(parameters) != sorted(known):
+    return _make(SELECTIONS, name, parameters, "policy")
+
+
+def make_adjustment(name: str, parameters: Mapping[str, Any]) -> Adjustment:
+    """The adjustment called `name`; errors as `make_selection`."""
+    return _make(ADJUSTMENTS, name, parameters, "adjustment")
+
+
+def _make(known: Mapping[str, type[_P]], name: str, parameters: Mapping[str, Any], what: str) -> _P:
+    if name not in known:
+        raise InputError(f"unknown {what} {name!r}; known are {', '.join(sorted(known))}")
+    names = [field.name for field in fields(known[name])]  # type: ignore[arg-type]  # leaves are dataclasses
+    if sorted(parameters) != sorted(names):
         given = ", ".join(sorted(parameters)) or "nothing"
-        raise InputError(f"policy {name} takes {', '.join(known)}; got {given}")
-    return SELECTIONS[name](**parameters)
+        raise InputError(f"{what} {name} takes {', '.join(names) or 'no parameters'}; got {given}")
+    return known[name](**parameters)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoutingPolicy:
-    """Select, then limit: what a simulator and a real layer run at every step of every layer."""
+    """Select, adjust, then limit: what a simulator and a real layer run at every step of every layer."""
 
     selection: Selection
+    adjustment: Adjustment | None = None
     capacity: Capacity | None = None
 
+    @property
+    def width(self) -> int:
+        """K, the most experts a token can get."""
+        return self.selection.width
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The parts that it has, in order."""
+        return tuple(part for part in (self.selection, self.adjustment, self.capacity) if part is not None)
+
+    def needs(self, what: str) -> bool:
+        """Whether any part asks for it."""
+        return any(what in part.needs for part in self.parts)
+
     def route(self, candidates: Candidates, context: RouteContext, state: State) -> tuple[Assignment, State]:
-        """The assignment of one step of one layer, and the state for the next step."""
-        assignment, state = self.selection.route(candidates, context, state)
+        """The assignment of one step of one layer, and the state for the next step.
+
+        Errors: `InputError` where the candidates or the context lack what a part needs.
+        """
+        self.selection.check(candidates)
+        used_TC, selection_state = self.selection.choose(candidates, context, state.get("selection", {}))
+        next_state: State = {"selection": selection_state} if selection_state else {}
+        if self.adjustment is not None:
+            self.adjustment.check(candidates, self.width)
+            used_TC, adjustment_state = self.adjustment.adjust(
+                widen(used_TC, candidates.count), candidates, context, state.get("adjustment", {})
+            )
+            next_state |= {"adjustment": adjustment_state} if adjustment_state else {}
+        assignment = assign(candidates, used_TC, width=self.width, renormalise=context.renormalise)
         if self.capacity is not None:
             assignment = self.capacity.limit(assignment, candidates, context)
-        return assignment, state
+        return assignment, next_state
 
     def describe(self) -> str:
         """The policy in a few words.
@@ -47,7 +91,30 @@ class RoutingPolicy:
         >>> RoutingPolicy(selection=TopK(k=4), capacity=Capacity(factor=1.25)).describe()
         'top_k(k=4) cf=1.25 probs'
         """
-        arguments = asdict(self.selection)  # type: ignore[call-overload]  # leaves are dataclasses
-        inside = ", ".join(f"{name}={value:.4g}" for name, value in arguments.items())
-        capacity = "" if self.capacity is None else f" cf={self.capacity.factor:.4g} {self.capacity.drop}"
-        return f"{self.selection.name}({inside}){capacity}"
+        selection = _describe(self.selection)
+        adjustment = "" if self.adjustment is None else f" {_describe(self.adjustment)}"
+        capacity = "" if self.capacity is None else f" {self.capacity.describe()}"
+        return selection + adjustment + capacity
+
+
+def _describe(part: Part) -> str:
+    arguments = asdict(part)  # type: ignore[call-overload]  # leaves are dataclasses
+    inside = ", ".join(
+        f"{name}={value if isinstance(value, str) else format(value, '.4g')}" for name, value in arguments.items()
+    )
+    return f"{part.name}({inside})"
+
+
+def describe_policies() -> list[dict[str, Any]]:
+    """Every policy as a JSON object: name, kind, source, parameters with their ranges, needs, and what it does."""
+    return [
+        {
+            "name": part.name,
+            "kind": part.kind,
+            "source": part.source,
+            "parameters": [{"name": name, **parameter.to_json()} for name, parameter in parameters_of(part).items()],
+            "needs": list(part.needs),
+            "description": getdoc(part) or "",
+        }
+        for part in POLICIES.values()
+    ]

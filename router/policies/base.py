@@ -1,55 +1,131 @@
 """What a routing policy is, and when each of its parts is called.
 
-A policy is made once from its parameters. For every step of every layer the simulator (numpy) or the real
-MoE layer (torch) calls `route(candidates, context, state)` and gets the assignment and the next state.
-The policies of this package select experts; `router.capacity.Capacity` then drops what does not fit;
-`RoutingPolicy` (in `router.policies`) is the two together and what the rest of moeroute passes around.
+A policy is made once from its parameters. For every step of every layer the simulator (numpy) or the real MoE layer
+(torch) calls `RoutingPolicy.route(candidates, context, state)` (in `router.policies`), which goes through its parts:
+
+1. a `Selection` says which candidates each token uses, token by token;
+2. an `Adjustment`, if there is one, sees the whole step, and what hardware asks for each choice, and moves tokens to
+   other candidates;
+3. `assign` makes the assignment: ids, weights, nothing dropped yet;
+4. a limit, if there is one (`router.capacity`), drops or reroutes what does not fit.
+
+Selections and adjustments speak in masks over candidates, so that no token can get an expert twice. Each leaf is one
+short file: array-API functions over `router.backends`, the same for numpy, torch and cupy.
 """
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from typing import ClassVar
 
 from router.assignment import UNUSED, Assignment
-from router.backends import Array, namespace
+from router.backends import Array, first_columns, namespace
 from router.candidates import Candidates
 from router.context import RouteContext, State
+from router.part import Kind, Part
 from traces.errors import InputError
 
 
-def check_count(policy: str, name: str, value: int) -> None:
-    """Raise `InputError` unless a parameter that counts experts is a whole number of at least 1."""
-    if not isinstance(value, int) or value < 1:
-        raise InputError(f"policy {policy}: {name} is {value}; it must be a whole number of at least 1")
-
-
-class Selection(ABC):
+class Selection(Part):
     """Chooses experts for each token from its candidates; knows nothing of capacity."""
 
-    name: ClassVar[str]
+    kind: ClassVar[Kind] = "selection"
 
     @property
     @abstractmethod
     def width(self) -> int:
-        """K, the most experts a token can get; also the number of candidates the selection reads."""
+        """K, the most experts a token can get."""
+
+    @property
+    def reads(self) -> int:
+        """How many candidates of each token the selection must see."""
+        return self.width
+
+    def choose(self, candidates: Candidates, context: RouteContext, state: State) -> tuple[Array, State]:
+        """Which candidates each token uses, bool [T, C'] over its first C' ones, and the state for the next step.
+
+        A selection that looks at one token at a time, and remembers nothing, need only say `use`.
+        """
+        return self.use(candidates.best(self.width).probs_TC), state
+
+    def use(self, probs_TK: Array) -> Array:
+        """Which of the best K candidates each token uses, by their scores, descending: bool [T, K]."""
+        raise NotImplementedError(f"policy {self.name} says neither `use` nor `choose`")
+
+    def check(self, candidates: Candidates) -> None:
+        """Raise `InputError` where the candidates are too few."""
+        if candidates.count < self.reads:
+            raise InputError(
+                f"policy {self.name} needs {self.reads} candidates per token; the trace recorded {candidates.count}"
+            )
+        if "full scores" in self.needs and candidates.count < candidates.all_experts:
+            raise InputError(
+                f"policy {self.name} needs the scores of all {candidates.all_experts} experts; the trace recorded "
+                f"{candidates.count} candidates per token: record full scores, or complete the trace to all experts"
+            )
+
+
+class Adjustment(Part):
+    """Moves tokens to other candidates once the whole step's choices are known.
+
+    A token gets at most as many experts as the selection gave it, and at least one.
+    """
+
+    kind: ClassVar[Kind] = "adjustment"
 
     @abstractmethod
-    def use(self, probs_TK: Array) -> Array:
-        """Which of the best K candidates each token uses: bool [T, K]. The first is always used."""
+    def adjust(
+        self, used_TC: Array, candidates: Candidates, context: RouteContext, state: State
+    ) -> tuple[Array, State]:
+        """Which candidates each token uses instead of `used_TC`, bool [T, C] over all its candidates, and the state."""
 
-    def route(self, candidates: Candidates, context: RouteContext, state: State) -> tuple[Assignment, State]:
-        """Assign each token the candidates that `use` marks, weighted by their scores."""
-        if candidates.count < self.width:
+    def check(self, candidates: Candidates, width: int) -> None:
+        """Raise `InputError` where there is nothing to move tokens to."""
+        if "more candidates than k" in self.needs and candidates.count <= width < candidates.experts:
             raise InputError(
-                f"policy {self.name} needs {self.width} candidates per token; the trace recorded {candidates.count}"
+                f"policy {self.name} needs more candidates than the {width} that a token uses; the trace recorded "
+                f"{candidates.count}: record more, or complete the trace (moeroute trace complete)"
             )
-        best = candidates.best(self.width)
-        xp = namespace(best.probs_TC)
-        used_TK = self.use(best.probs_TC)
-        scores_TK = xp.where(used_TK, best.probs_TC, xp.zeros_like(best.probs_TC))
-        weights_TK = scores_TK
-        if context.renormalise:
-            total_T1 = xp.sum(scores_TK, axis=-1, keepdims=True)
-            # A sigmoid gate can be recorded as 0 for all of a token's experts; they then weigh nothing.
-            weights_TK = scores_TK / xp.where(total_T1 > 0, total_T1, xp.ones_like(total_T1))
-        ids_TK = xp.where(used_TK, best.ids_TC, xp.full_like(best.ids_TC, UNUSED))
-        return Assignment(ids_TK=ids_TK, scores_TK=scores_TK, weights_TK=weights_TK, kept_TK=used_TK), state
+
+
+def widen(used_TC: Array, count: int) -> Array:
+    """A mask over the first candidates as one over all `count` of them."""
+    missing = count - used_TC.shape[1]
+    if not missing:
+        return used_TC
+    xp = namespace(used_TC)
+    none_TX = xp.zeros((used_TC.shape[0], missing), dtype=used_TC.dtype, device=used_TC.device)
+    return xp.concat([used_TC, none_TX], axis=1)
+
+
+def assign(candidates: Candidates, used_TC: Array, *, width: int, renormalise: bool) -> Assignment:
+    """The assignment of the candidates that `used_TC` marks, best first, at most `width` a token, nothing dropped.
+
+    Weights are the scores, scaled to sum to one over a token's experts if `renormalise`. Null experts (ids from E on)
+    become no pairs: what a token gives them is kept apart, unscaled, and they take no part in the sum
+    (AdaMoE, arXiv 2406.13233).
+    """
+    candidates = candidates.best(used_TC.shape[1])
+    xp = namespace(candidates.probs_TC)
+    null_weights_TN = None
+    if candidates.null_experts:
+        used_TC = used_TC & (xp.cumulative_sum(xp.astype(used_TC, xp.int64), axis=1) <= width)
+        null_id_N = xp.arange(candidates.experts, candidates.all_experts, device=used_TC.device)
+        is_null_TCN = used_TC[:, :, None] & (candidates.ids_TC[:, :, None] == null_id_N)
+        null_weights_TN = xp.sum(xp.where(is_null_TCN, candidates.probs_TC[:, :, None], 0.0), axis=1)
+        used_TC = used_TC & (candidates.ids_TC < candidates.experts)
+    columns_TK, found_TK = first_columns(used_TC, width)
+    probs_TK = xp.take_along_axis(candidates.probs_TC, columns_TK, axis=1)
+    scores_TK = xp.where(found_TK, probs_TK, xp.zeros_like(probs_TK))
+    weights_TK = scores_TK
+    if renormalise:
+        total_T1 = xp.sum(scores_TK, axis=-1, keepdims=True)
+        # A sigmoid gate can be recorded as 0 for all of a token's experts; they then weigh nothing.
+        weights_TK = scores_TK / xp.where(total_T1 > 0, total_T1, xp.ones_like(total_T1))
+    ids_TK = xp.take_along_axis(candidates.ids_TC, columns_TK, axis=1)
+    return Assignment(
+        ids_TK=xp.where(found_TK, ids_TK, xp.full_like(ids_TK, UNUSED)),
+        scores_TK=scores_TK,
+        weights_TK=weights_TK,
+        kept_TK=found_TK,
+        rerouted_TK=xp.zeros_like(found_TK),
+        null_weights_TN=null_weights_TN,
+    )

@@ -1,30 +1,24 @@
 """Expert skipping: leave out the experts whose gate is small beside the token's best."""
 
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from router.backends import Array
-from router.policies.base import Selection, check_count
-from traces.errors import InputError
+from router.parameters import number, whole
+from router.policies.base import Selection
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Skip(Selection):
     """Of its `k_max` best experts a token skips each whose score is under `threshold` times its best score.
 
-    After NAEE (arXiv 2402.14800), which sets one threshold a layer at the median ratio of calibration text;
-    here it is one number, left to the tuner.
+    One threshold for all layers, left to the tuner; `skip_by_ratio` sets one a layer, as the source does.
     """
 
     name: ClassVar[str] = "skip"
-    threshold: float
-    k_max: int
-
-    def __post_init__(self) -> None:
-        check_count("skip", "k_max", self.k_max)
-        if not 0 <= self.threshold < math.inf:
-            raise InputError(f"policy skip: threshold is {self.threshold}; it must be 0 or more")
+    source: ClassVar[str] = "after NAEE, arXiv 2402.14800"
+    threshold: float = field(metadata=number(0.05, 0.9, "share of the best score under which an expert is skipped"))
+    k_max: int = field(metadata=whole(2, 8, "most experts a token"))
 
     @property
     def width(self) -> int:
@@ -33,6 +27,11 @@ class Skip(Selection):
 
     def use(self, probs_TK: Array) -> Array:
         """Those not under the threshold."""
-        used_TK = probs_TK >= self.threshold * probs_TK[:, :1]
-        used_TK[:, 0] = True
-        return used_TK
+        return not_under(probs_TK, self.threshold)
+
+
+def not_under(probs_TK: Array, threshold: float) -> Array:
+    """The candidates of at least `threshold` times the best one's score, the first in any case: bool [T, K]."""
+    used_TK = probs_TK >= threshold * probs_TK[:, :1]
+    used_TK[:, 0] = True
+    return used_TK

@@ -169,6 +169,7 @@ def test_replicas(slots: int, choice: Any) -> None:
         scores_TK=on_cuda(T, K),
         weights_TK=on_cuda(T, K),
         kept_TK=torch.ones(T, K, dtype=torch.bool, device="cuda"),
+        rerouted_TK=torch.zeros(T, K, dtype=torch.bool, device="cuda"),
     )
     placement = place("lpt", np.ones((1, E)), ranks=RANKS, slots=slots)
     check(choose_slots(assignment, placement, 0, ids(T), choice), T, K)

@@ -14,7 +14,13 @@ from router.context import RouteContext
 def limit(capacity: Capacity, ids_TK: list[list[int]], weights_TK: list[list[float]], sources: list[int]) -> Assignment:
     """Drop from an assignment of two experts on two ranks."""
     ids, weights = np.array(ids_TK), np.array(weights_TK, dtype=np.float32)
-    assignment = Assignment(ids_TK=ids, scores_TK=weights, weights_TK=weights, kept_TK=ids != UNUSED)
+    assignment = Assignment(
+        ids_TK=ids,
+        scores_TK=weights,
+        weights_TK=weights,
+        kept_TK=ids != UNUSED,
+        rerouted_TK=np.zeros_like(ids, dtype=bool),
+    )
     candidates = Candidates(
         ids_TC=ids, probs_TC=weights, source_rank_T=np.array(sources), experts=2, score_kind="softmax"
     )

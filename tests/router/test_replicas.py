@@ -23,7 +23,7 @@ def assigned(ids_TK: Any, kept_TK: Any = None) -> Assignment:
     ids = np.array(ids_TK)
     kept = ids != UNUSED if kept_TK is None else np.array(kept_TK)
     weights = kept.astype(np.float32)
-    return Assignment(ids_TK=ids, scores_TK=weights, weights_TK=weights, kept_TK=kept)
+    return Assignment(ids_TK=ids, scores_TK=weights, weights_TK=weights, kept_TK=kept, rerouted_TK=np.zeros_like(kept))
 
 
 def slots(assignment: Assignment, placement: Placement, sources: list[int], choice: ReplicaChoice) -> list[list[int]]:
@@ -86,6 +86,7 @@ def test_numpy_and_torch_choose_alike_by_hand(choice: ReplicaChoice) -> None:
         scores_TK=torch.zeros(4, 2),
         weights_TK=torch.zeros(4, 2),
         kept_TK=torch.as_tensor(kept_TK),
+        rerouted_TK=torch.zeros(kept_TK.shape, dtype=torch.bool),
     )
     assert choose_slots(in_torch, TWICE, 0, torch.as_tensor(sources), choice).tolist() == expected
 
@@ -181,7 +182,7 @@ def test_numpy_and_torch_choose_alike(
     in_torch = Assignment(
         **{
             name: torch.as_tensor(np.array(getattr(assignment, name)))
-            for name in ("ids_TK", "scores_TK", "weights_TK", "kept_TK")
+            for name in ("ids_TK", "scores_TK", "weights_TK", "kept_TK", "rerouted_TK")
         }
     )
     np.testing.assert_array_equal(

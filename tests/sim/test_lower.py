@@ -42,7 +42,7 @@ def assigned(ids_TK: Any, dropped: Any = ()) -> Assignment:
     for token, column in dropped:
         kept[token, column] = False
     weights = kept.astype(np.float32)
-    return Assignment(ids_TK=ids, scores_TK=weights, weights_TK=weights, kept_TK=kept)
+    return Assignment(ids_TK=ids, scores_TK=weights, weights_TK=weights, kept_TK=kept, rerouted_TK=np.zeros_like(kept))
 
 
 def work_of(ids_TK: Any, *, dropped: Any = (), **options: Any) -> Work:

@@ -49,6 +49,7 @@ def work_of(model: ModelSpec, placement: Placement = PLACEMENT, **options: Any) 
         scores_TK=kept.astype(np.float32),
         weights_TK=kept.astype(np.float32),
         kept_TK=kept,
+        rerouted_TK=np.zeros_like(kept),
     )
     policy = RoutingPolicy(selection=TopK(k=2))
     return lower(model, [assignment], placement, policy=policy, source_rank_T=np.array([0, 0, 1]), **options)

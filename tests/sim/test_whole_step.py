@@ -63,7 +63,8 @@ def work_of(context: Context | None, model: ModelSpec = MODEL, **layout: int) ->
     one = np.ones((9, 2), dtype=np.float32)
     return lower(
         model,
-        [Assignment(ids_TK=ids_TK, scores_TK=one, weights_TK=one, kept_TK=ids_TK >= 0)] * model.layers,
+        [Assignment(ids_TK=ids_TK, scores_TK=one, weights_TK=one, kept_TK=ids_TK >= 0, rerouted_TK=ids_TK < -1)]
+        * model.layers,
         Placement(slot_to_expert_LS=np.tile(np.arange(4), (model.layers, 1)), experts=4, ranks=2),
         policy=RoutingPolicy(selection=TopK(k=2)),
         source_rank_T=np.repeat([0, 1], [6, 3]),

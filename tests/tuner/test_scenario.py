@@ -475,7 +475,7 @@ def run_or_refused(folder: Path, space: dict[str, Any]) -> list[Config]:
 def test_a_space_that_the_trace_cannot_serve_does_not_end_a_study_half_way(tmp_path: Path) -> None:
     """The default k goes to 8; a trace of 2 candidates a token has nothing to offer from 3 on."""
     for config in run_or_refused(tmp_path, {"k": [1, 8]}):
-        assert config.routing_policy().selection.width <= 2
+        assert config.routing_policy().width <= 2
 
 
 def test_redundant_slots_that_do_not_divide_do_not_end_a_study_half_way(tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ def test_without_a_capacity_factor_there_is_no_capacity() -> None:
 def test_a_space_of_one_expert_a_token_can_be_searched(policy: str) -> None:
     """k: [1, 1] is what a Switch-like model has."""
     for config in configs(Space(policies=[policy], k=(1, 1)), 5):
-        assert config.routing_policy().selection.width == 1
+        assert config.routing_policy().width == 1
 
 
 @st.composite

@@ -180,7 +180,7 @@ def naive_capacity(case: Case, chosen: list[dict[str, Any]]) -> list[dict[str, A
     scopes = [[0], [1]] if capacity.scope == "source_rank" else [[0, 1]]
     for ranks in scopes:
         tokens = sum(case.tokens_by_rank[rank] for rank in ranks)
-        limit = math.ceil(tokens * case.policy.selection.width / E * capacity.factor)
+        limit = math.ceil(tokens * case.policy.width / E * capacity.factor)
         for expert in range(E):
             queue = [pair for pair in chosen if pair["rank"] in ranks and pair["expert"] == expert]
             if capacity.drop == "probs":

@@ -1,0 +1,53 @@
+"""What earlier traffic says of a model's routing: what policies are set by, as placements are by earlier loads."""
+
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from traces.errors import InputError
+from traces.trace import RoutingTrace
+
+_QUANTILES = np.linspace(0, 1, 101)
+
+
+@dataclass(frozen=True, eq=False, slots=True, kw_only=True)
+class RoutingHistory:
+    """Statistics of each of L layers over earlier tokens.
+
+    `together_LEE` int64: tokens that use both experts among their top k, the diagonal counts an expert's own.
+    `ratio_LQ`: the 101 percentiles of the second-best score over the best one of a token.
+    `output_error_LK`: how far a layer's output lies off when tokens use only their 1, 2, …, top-k best experts, as a
+    share of the output's own size; 0 in the last column. `measured`: it was measured on the model itself; else it is
+    the share of the top-k gate mass that the left-out experts had, which is what a trace can tell.
+    """
+
+    together_LEE: NDArray[np.int64]
+    ratio_LQ: NDArray[np.float64]
+    output_error_LK: NDArray[np.float64]
+    measured: bool = False
+
+    @classmethod
+    def of(cls, trace: RoutingTrace) -> Self:
+        """Of all tokens of `trace`. Errors: `InputError` where it has no gates."""
+        if trace.gates_TLC is None:
+            raise InputError(f"trace {trace.source} has no gates; earlier traffic needs the scores of the candidates")
+        model, k = trace.model, trace.model.top_k
+        layers, experts = model.layers, model.experts
+        together_LEE = np.zeros((layers, experts, experts), dtype=np.int64)
+        ratio_LQ = np.zeros((layers, _QUANTILES.size))
+        lost_LK = np.zeros((layers, k))
+        for layer in range(layers):
+            ids_TK = trace.expert_ids_TLC[:, layer, :k].astype(np.int64)
+            pairs = (ids_TK[:, :, None] * experts + ids_TK[:, None, :]).ravel()
+            together_LEE[layer] = np.bincount(pairs, minlength=experts**2).reshape(experts, experts)
+            gates_TC = trace.gates_TLC[:, layer].astype(np.float64)
+            if trace.candidates > 1:
+                best_T = np.where(gates_TC[:, 0] > 0, gates_TC[:, 0], 1.0)
+                ratio_LQ[layer] = np.quantile(gates_TC[:, 1] / best_T, _QUANTILES)
+            kept_TK = np.cumsum(gates_TC[:, :k], axis=1)
+            total_T1 = np.where(kept_TK[:, -1:] > 0, kept_TK[:, -1:], 1.0)
+            lost_LK[layer] = np.maximum(1 - kept_TK / total_T1, 0).mean(axis=0)
+        lost_LK[:, -1] = 0.0
+        return cls(together_LEE=together_LEE, ratio_LQ=ratio_LQ, output_error_LK=lost_LK)
