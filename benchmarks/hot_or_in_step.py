@@ -14,7 +14,8 @@ from cost_models.microbench.permute import CombineBenchmark, PermuteBenchmark
 from cost_models.microbench.ranks import RankGroup, run_on_ranks
 from cost_models.microbench.timer import seconds_of_each
 from cost_models.ops import Combine, Gate, Operation, Permute, Route
-from router.nn.microbench import GateBenchmark, RouteBenchmark
+from router.nn.microbench import GateBenchmark
+from router.nn.route_benchmark import RouteBenchmark
 
 TOKENS, K, HIDDEN, EXPERTS, ROUNDS = 1024, 4, 128, 16, 30
 CASES: list[tuple[Benchmark, Operation]] = [
@@ -24,7 +25,7 @@ CASES: list[tuple[Benchmark, Operation]] = [
     ),
     (
         RouteBenchmark(experts=EXPERTS, ranks=2),
-        Route(tokens_X=np.array(TOKENS), width=K, dynamic=True, capacity=None, replicas=False),
+        Route(tokens_X=np.array(TOKENS), width=K, parts=("top_p",)),
     ),
     (
         PermuteBenchmark(hidden=HIDDEN, slots=EXPERTS, row_bytes=4 * HIDDEN),

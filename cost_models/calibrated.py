@@ -38,16 +38,9 @@ def _gate(op: Gate) -> Features:
 
 def _route(op: Route) -> Features:
     pairs_X = np.asarray(op.tokens_X * op.width, dtype=np.float64)
-    features = {"call": np.ones_like(pairs_X), "token": op.tokens_X, "pair": pairs_X}
-    for flag, is_on in {
-        "dynamic": op.dynamic,
-        "position": op.capacity == "position",
-        "probs": op.capacity == "probs",
-        "replicas": op.replicas,
-    }.items():
-        features[f"{flag} call"] = np.full_like(pairs_X, is_on)
-        features[f"{flag} pair"] = pairs_X * is_on
-    features["probs sort"] = features["probs pair"] * np.log2(np.maximum(pairs_X, 2))
+    features: dict[str, NDArray[np.float64]] = {}
+    for part in op.parts:
+        features |= {f"{part} call": np.ones_like(pairs_X), f"{part} token": op.tokens_X, f"{part} pair": pairs_X}
     return features
 
 

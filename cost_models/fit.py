@@ -83,8 +83,8 @@ def _error(held_out: Sequence[Point]) -> FitError:
 def fit_linear(cases: Sequence[Measurement]) -> LinearFit:
     """Non-negative coefficients that make the relative errors of `cases` small (least squares)."""
     rows = [features(case.operation) for case in cases]
-    names = list(rows[0])
-    matrix = np.array([[float(row[name]) for name in names] for row in rows])
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    matrix = np.array([[float(row.get(name, 0.0)) for name in names] for row in rows])
     seconds = np.array([case.seconds for case in cases])
     relative = matrix / seconds[:, None]
     scale = np.maximum(np.abs(relative).max(axis=0), 1e-300)  # features differ by orders of magnitude

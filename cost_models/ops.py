@@ -27,16 +27,16 @@ class Gate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Route:
-    """A policy at work on `tokens_X` tokens: selection of up to `width` experts, capacity, choice of replicas.
+    """A policy at work on `tokens_X` tokens, which choose up to `width` experts each.
 
-    `dynamic`: the number of experts differs from token to token; `capacity`: how pairs are dropped, if at all.
+    `parts`: what it does one after another, by the names under which a calibration times them (`top_k`,
+    `capacity probs`, `replicas`, …); `passes`: how often they go over what tokens may choose, together.
     """
 
     tokens_X: Array
     width: int
-    dynamic: bool
-    capacity: Literal["position", "probs"] | None
-    replicas: bool
+    parts: tuple[str, ...]
+    passes: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

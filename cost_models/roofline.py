@@ -84,8 +84,8 @@ def _flops_and_bytes(operation: Operation) -> tuple[NDArray[np.float64], NDArray
         case Gate(tokens_X=tokens_X, hidden=hidden, experts=experts):
             flops = 2.0 * tokens_X * hidden * experts
             return flops, 2.0 * tokens_X * (hidden + experts) + 2.0 * hidden * experts, 2
-        case Route(tokens_X=tokens_X, width=width):
-            return zero * tokens_X, 2.0 * tokens_X * width * _SCORE_BYTES, 2
+        case Route(tokens_X=tokens_X, width=width, passes=passes):
+            return zero * tokens_X, 2.0 * tokens_X * width * _SCORE_BYTES * passes, 2
         case Permute(rows_X=rows_X, row_bytes=row_bytes) | Regroup(rows_X=rows_X, row_bytes=row_bytes):
             return zero * rows_X, 2.0 * rows_X * row_bytes, 2
         case Combine(rows_X=rows_X, tokens_X=tokens_X, row_bytes=row_bytes):

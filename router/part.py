@@ -31,3 +31,8 @@ class Part(ABC):
 
     def __post_init__(self) -> None:
         check_parameters(self)
+
+    @property
+    def work(self) -> tuple[str, ...]:
+        """What it does, by the names under which a calibration times it; parameters that change its cost count."""
+        return (self.name,)

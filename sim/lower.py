@@ -205,9 +205,8 @@ def route_operation(policy: RoutingPolicy, placement: Placement, tokens_G: NDArr
     return Route(
         tokens_X=tokens_G,
         width=policy.width,
-        dynamic=policy.selection.name != "top_k",
-        capacity=None if policy.capacity is None else policy.capacity.drop,
-        replicas=placement.slots > placement.experts,
+        parts=(*policy.work, *(["replicas"] if placement.slots > placement.experts else [])),
+        passes=sum(part.passes for part in policy.parts),
     )
 
 

@@ -27,22 +27,13 @@ def prices_of(
     rows_per_slot = tokens_per_rank * layout.ranks * width / placement.slots
     row_s, active_s = _expert_prices(model, placement, costs, layout, rows_per_slot, width)
     return RoutePrices(
-        share_LEG=shares(placement),
+        share_LEG=placement.share_LEG,
         row_s=row_s,
         active_s=active_s,
         hop_s_GG=_hop_prices(model, costs, layout, protocol, dispatch_dtype, max(tokens_per_rank, 1), width),
         load_s_LE=np.zeros((placement.layers, placement.experts)),
         node_of_G=layout.node_of_G,
     )
-
-
-def shares(placement: Placement) -> NDArray[np.float32]:
-    """The share of each expert's rows that each rank computes when replicas share evenly: [L, E, G]."""
-    share_LEG = np.zeros((placement.layers, placement.experts, placement.ranks), dtype=np.float32)
-    rank_S = np.arange(placement.slots) // placement.slots_per_rank
-    for layer, expert_S in enumerate(placement.slot_to_expert_LS):
-        np.add.at(share_LEG[layer], (expert_S, rank_S), 1 / placement.replicas_LE[layer][expert_S])
-    return share_LEG
 
 
 def _expert_prices(

@@ -4,9 +4,7 @@ import os
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -19,17 +17,10 @@ from cost_models.microbench.memory import MemoryBenchmark
 from cost_models.microbench.permute import CombineBenchmark, PermuteBenchmark, RegroupBenchmark
 from cost_models.microbench.ranks import RankGroup, run_on_ranks
 from cost_models.microbench.timer import Clock
-from cost_models.ops import Experts, Gate, Operation, Route
+from cost_models.ops import Experts, Gate, Operation
 from cost_models.profile import Profile
-from router.candidates import Candidates
-from router.capacity import Capacity
-from router.context import RouteContext
 from router.nn.expert_parallel import gate
-from router.placement import place
-from router.policies import RoutingPolicy
-from router.policies.top_k import TopK
-from router.policies.top_p import TopP
-from router.replicas import choose_slots
+from router.nn.route_benchmark import RouteBenchmark
 from traces.model import ModelSpec
 
 _TOKENS = (64, 128, 256, 512, 1024, 2048)
@@ -54,46 +45,6 @@ class GateBenchmark:
         x_TD = torch.randn(int(case.tokens_X), self.hidden, device=group.device)
         gate_ED = torch.randn(self.experts, self.hidden, device=group.device)
         return lambda: gate(x_TD, gate_ED, group.rank)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RouteBenchmark:
-    """Policy, capacity and choice of replicas on one rank's tokens, every combination that differs in cost."""
-
-    experts: int
-    ranks: int
-    clock: Clock = "compute"
-
-    def cases(self) -> list[Operation]:
-        """Each combination at several sizes, in order."""
-        capacities: tuple[Literal["position", "probs"] | None, ...] = (None, "position", "probs")
-        return [
-            Route(tokens_X=np.array(tokens), width=width, dynamic=dynamic, capacity=capacity, replicas=replicas)
-            for dynamic, capacity, replicas in product((False, True), capacities, (False, True))
-            for width in sorted({1, max(self.experts // 4, 1), self.experts // 2})
-            for tokens in _TOKENS[1::2]
-        ]
-
-    def prepare(self, case: Operation, group: RankGroup) -> Callable[[], object]:
-        """Random scores, and a placement with replicas where the case has them."""
-        assert isinstance(case, Route)
-        source_rank_T = torch.full((int(case.tokens_X),), group.rank, device=group.device)
-        candidates = Candidates.from_logits(
-            torch.randn(int(case.tokens_X), self.experts, device=group.device), source_rank_T
-        )
-        policy = RoutingPolicy(
-            selection=TopP(p=0.5, k_max=case.width) if case.dynamic else TopK(k=case.width),
-            capacity=None if case.capacity is None else Capacity(factor=1.0, drop=case.capacity),
-        )
-        slots = -(-self.experts // self.ranks) * self.ranks + self.ranks * case.replicas
-        placement = place("lpt", np.ones((1, self.experts)), ranks=self.ranks, slots=slots)
-        context = RouteContext(layer=0, ranks=self.ranks, renormalise=True)
-
-        def route() -> None:
-            assignment, _ = policy.route(candidates, context, {})
-            choose_slots(assignment, placement, 0, source_rank_T, "local")
-
-        return route
 
 
 def benchmarks_of(model: ModelSpec, ranks: int) -> list[Benchmark]:

@@ -57,6 +57,15 @@ class Placement:
         return np.stack([np.bincount(row, minlength=self.experts) for row in self.slot_to_expert_LS])
 
     @cached_property
+    def share_LEG(self) -> NDArray[np.float32]:
+        """The share of each expert's rows that each rank computes where replicas share evenly: [L, E, G]."""
+        share_LEG = np.zeros((self.layers, self.experts, self.ranks), dtype=np.float32)
+        rank_S = np.arange(self.slots) // self.slots_per_rank
+        for layer, expert_S in enumerate(self.slot_to_expert_LS):
+            np.add.at(share_LEG[layer], (expert_S, rank_S), 1 / self.replicas_LE[layer][expert_S])
+        return share_LEG
+
+    @cached_property
     def expert_slots_LEX(self) -> NDArray[np.int64]:
         """The slots of each expert, ascending, padded with -1: X is the largest number of replicas."""
         table = np.full((self.layers, self.experts, int(self.replicas_LE.max())), -1, dtype=np.int64)

@@ -1,7 +1,7 @@
 """Routing policies by name, and the whole policy of a deployment: selection, adjustment, capacity."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from inspect import getdoc
 from typing import Any, TypeVar
 
@@ -34,13 +34,22 @@ def make_adjustment(name: str, parameters: Mapping[str, Any]) -> Adjustment:
     return _make(ADJUSTMENTS, name, parameters, "adjustment")
 
 
+def make_capacity(name: str, parameters: Mapping[str, Any]) -> Capacity:
+    """The capacity called `name`; errors as `make_selection`."""
+    return _make(CAPACITIES, name, parameters, "capacity")
+
+
 def _make(known: Mapping[str, type[_P]], name: str, parameters: Mapping[str, Any], what: str) -> _P:
     if name not in known:
         raise InputError(f"unknown {what} {name!r}; known are {', '.join(sorted(known))}")
-    names = [field.name for field in fields(known[name])]  # type: ignore[arg-type]  # leaves are dataclasses
-    if sorted(parameters) != sorted(names):
+    taken = [field for field in fields(known[name]) if field.init]  # type: ignore[arg-type]  # leaves are dataclasses
+    required = [field.name for field in taken if field.default is MISSING]
+    optional = [field.name for field in taken if field.default is not MISSING]
+    if not set(required) <= set(parameters) <= {*required, *optional}:
         given = ", ".join(sorted(parameters)) or "nothing"
-        raise InputError(f"{what} {name} takes {', '.join(names) or 'no parameters'}; got {given}")
+        takes = ", ".join(required) or ("no parameters" if not optional else "nothing")
+        or_more = f", and if you like {', '.join(optional)}" if optional else ""
+        raise InputError(f"{what} {name} takes {takes}{or_more}; got {given}")
     return known[name](**parameters)
 
 
@@ -61,6 +70,11 @@ class RoutingPolicy:
     def parts(self) -> tuple[Part, ...]:
         """The parts that it has, in order."""
         return tuple(part for part in (self.selection, self.adjustment, self.capacity) if part is not None)
+
+    @property
+    def work(self) -> tuple[str, ...]:
+        """What its parts do, as cost models tell it apart."""
+        return tuple(name for part in self.parts for name in part.work)
 
     def needs(self, what: str) -> bool:
         """Whether any part asks for it."""
@@ -97,10 +111,17 @@ class RoutingPolicy:
         return selection + adjustment + capacity
 
 
+def values_of(part: Part) -> dict[str, Any]:
+    """The values of a part's parameters, by name."""
+    return {field.name: getattr(part, field.name) for field in fields(part) if field.init}  # type: ignore[arg-type]
+
+
 def _describe(part: Part) -> str:
-    arguments = asdict(part)  # type: ignore[call-overload]  # leaves are dataclasses
+    defaults = {field.name: field.default for field in fields(part)}  # type: ignore[arg-type]  # leaves are dataclasses
     inside = ", ".join(
-        f"{name}={value if isinstance(value, str) else format(value, '.4g')}" for name, value in arguments.items()
+        f"{name}={value if isinstance(value, str | bool) else format(value, '.4g')}"
+        for name, value in values_of(part).items()
+        if value != defaults[name]
     )
     return f"{part.name}({inside})"
 

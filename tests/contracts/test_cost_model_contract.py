@@ -44,7 +44,7 @@ PASSED_ON = "TokenExchange between nodes"
 # Each operation at sizes X: tokens, rows or bytes.
 OPERATIONS: dict[str, Callable[[Any], Operation]] = {
     "Gate": lambda size_X: Gate(tokens_X=size_X, hidden=64, experts=8),
-    "Route": lambda size_X: Route(tokens_X=size_X, width=2, dynamic=True, capacity="probs", replicas=True),
+    "Route": lambda size_X: Route(tokens_X=size_X, width=2, parts=("top_p", "capacity probs", "replicas")),
     "Permute": lambda size_X: Permute(pairs_X=size_X * 2, rows_X=size_X, row_bytes=128),
     "Regroup": lambda size_X: Regroup(rows_X=size_X, segments=8, row_bytes=128),
     "Experts": lambda size_X: Experts(

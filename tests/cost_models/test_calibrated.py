@@ -25,9 +25,9 @@ def _experts(rows_S: list[int]) -> Experts:
 CASES: dict[type, list[Operation]] = {
     Gate: [Gate(tokens_X=np.array(size), hidden=8, experts=4) for size in SIZES],
     Route: [
-        Route(tokens_X=np.array(size), width=width, dynamic=dynamic, capacity=capacity, replicas=replicas)
-        for dynamic, capacity, replicas in product((False, True), (None, "position", "probs"), (False, True))
-        for size, width in ((16, 1), (100, 2), (512, 1), (512, 4), (2048, 4))
+        Route(tokens_X=np.array(size), width=width, parts=parts)
+        for parts in (("top_k",), ("top_p",), ("top_k", "capacity probs"), ("top_p", "replicas"))
+        for size, width in ((16, 1), (100, 2), (64, 4), (512, 1), (512, 4), (128, 2), (2048, 4), (700, 1))
     ],
     Permute: [
         Permute(pairs_X=np.array(size), rows_X=np.array(size * share // 4), row_bytes=32)
@@ -44,7 +44,7 @@ CASES: dict[type, list[Operation]] = {
 }
 OTHERS: dict[type, Operation] = {
     Gate: Gate(tokens_X=np.array([77, 5000]), hidden=8, experts=4),
-    Route: Route(tokens_X=np.array([77, 5000]), width=3, dynamic=True, capacity="probs", replicas=True),
+    Route: Route(tokens_X=np.array([77, 5000]), width=3, parts=("top_p", "capacity probs", "replicas")),
     Permute: Permute(pairs_X=np.array([77, 5000]), rows_X=np.array([60, 10]), row_bytes=32),
     Regroup: Regroup(rows_X=np.array([77, 5000]), segments=5, row_bytes=32),
     Experts: _experts([[7, 0, 0, 100], [400, 400, 0, 1]]),  # type: ignore[list-item]
@@ -79,10 +79,10 @@ def test_every_linear_operation_is_under_test() -> None:
 
 @pytest.mark.parametrize("kind", LINEAR, ids=lambda kind: kind.__name__)
 def test_known_coefficients_come_back(kind: type) -> None:
-    names = list(features(CASES[kind][0]))
+    names = list(dict.fromkeys(name for case in CASES[kind] for name in features(case)))
     # A call costs 1 ms, the rest from 1 to 2 ns, so every feature matters somewhere.
     known = {name: 1e-9 * (1 + index / len(names)) for index, name in enumerate(names)}
-    known["call"] = 1e-6
+    known |= {name: 1e-6 for name in names if name.endswith("call")}
     fitted = fit_linear(measurements_of(kind, lambda case: priced(case, known)))
     assert fitted.coefficients == pytest.approx(known, rel=1e-6)
     model = Calibrated(profile_of(measurements_of(kind, lambda case: priced(case, known))))

@@ -174,7 +174,7 @@ def test_nothing_stands_in_for_other_dtypes_and_operations() -> None:
 # Each operation at one size; `size` may be a float.
 KEPT: dict[str, Any] = {
     "Gate": lambda size_X: Gate(tokens_X=size_X, hidden=7168, experts=256),
-    "Route": lambda size_X: Route(tokens_X=size_X, width=8, dynamic=False, capacity=None, replicas=False),
+    "Route": lambda size_X: Route(tokens_X=size_X, width=8, parts=("top_k",)),
     "Gemm": lambda size_X: Gemm(rows_X=size_X, columns_X=4096, inner_X=4096),
     "Gemm fp8": lambda size_X: Gemm(rows_X=size_X, columns_X=4096, inner_X=4096, dtype="fp8"),
     "Gemm turned": lambda size_X: Gemm(rows_X=4096 * np.ones_like(size_X), columns_X=size_X, inner_X=4096),

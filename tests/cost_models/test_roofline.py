@@ -80,7 +80,7 @@ def test_the_other_operations_by_hand() -> None:
     # 2 * 5 * 4 * 6 = 240 FLOP: .24 s; 2 * 5 * (4 + 6) + 2 * 4 * 6 = 148 bytes: 1.48 s.
     assert SMALL_COSTS.seconds(Gate(tokens_X=tokens, hidden=4, experts=6)) == pytest.approx(1.48)
     # 5 tokens * 2 scores of 4 bytes, read and written: 80 bytes.
-    route = Route(tokens_X=tokens, width=2, dynamic=False, capacity=None, replicas=False)
+    route = Route(tokens_X=tokens, width=2, parts=("top_k",))
     assert SMALL_COSTS.seconds(route) == pytest.approx(0.8)
     # 3 rows of 8 bytes, read and written: 48 bytes.
     assert SMALL_COSTS.seconds(Permute(pairs_X=tokens, rows_X=np.array(3), row_bytes=8)) == pytest.approx(0.48)

@@ -219,11 +219,12 @@ def test_replicas_share_the_rows() -> None:
 def test_what_the_policy_itself_does() -> None:
     tokens_G = np.array([2, 1])
     plain = route_operation(TOP_2, PLACEMENT, tokens_G)
-    assert (plain.width, plain.dynamic, plain.capacity, plain.replicas) == (2, False, None, False)
+    assert (plain.width, plain.parts, plain.passes) == (2, ("top_k",), 1)
     with_replicas = Placement(slot_to_expert_LS=np.array([[0, 1, 2, 3, 0, 1]]), experts=4, ranks=2)
     policy = RoutingPolicy(selection=TopP(p=0.5, k_max=3), capacity=Capacity(factor=1.0, drop="position"))
     full = route_operation(policy, with_replicas, tokens_G)
-    assert (full.width, full.dynamic, full.capacity, full.replicas) == (3, True, "position", True)
+    assert (full.width, full.parts) == (3, ("top_p", *policy.work[1:], "replicas"))
+    assert full.passes == sum(part.passes for part in policy.parts) > 1
     assert full.tokens_X.tolist() == [2, 1]
 
 
