@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from traces.errors import InputError
+from traces.model import ModelSpec
 from traces.trace import RoutingTrace
 
 
@@ -49,6 +50,41 @@ class TraceStats:
 
     def to_json(self) -> dict[str, Any]:
         """The statistics as a JSON object."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compute:
+    """Floating-point operations and weights of a token in the MoE layers, shared experts included.
+
+    `sparse_flops`: with the experts that a token uses; `dense_flops`: with all of them, as without a router.
+    `active_experts`: K / E. `active_parameters`: the share of the layers' parameters that a token uses.
+    """
+
+    sparse_flops: float
+    dense_flops: float
+    active_experts: float
+    active_parameters: float
+
+    @classmethod
+    def of(cls, model: ModelSpec, top_k: int | None = None) -> Self:
+        """With `top_k` experts a token, the model's own by default.
+
+        >>> model = ModelSpec(name="m", layers=1, experts=8, top_k=2, hidden=4, expert_hidden=4)
+        >>> Compute.of(model).sparse_flops / Compute.of(model).dense_flops
+        0.25
+        """
+        k = model.top_k if top_k is None else top_k
+        sparse, dense = model.flops_per_token(k), model.flops_per_token(model.experts)
+        return cls(
+            sparse_flops=sparse,
+            dense_flops=dense,
+            active_experts=k / model.experts,
+            active_parameters=sparse / dense,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The figures as a JSON object."""
         return asdict(self)
 
 

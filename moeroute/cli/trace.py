@@ -1,18 +1,22 @@
 """`moeroute trace`: record, import, make and look at routing traces."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from moeroute.cli.console import Json, Out, Seed, print_json, print_table, say
 
 if TYPE_CHECKING:
+    from router.waste import Waste
     from traces.stats import TraceStats
     from traces.trace import RoutingTrace
+    from tuner.trace_analysis import TraceAnalysis
 
 TRACE_FILE = "trace.parquet"
 DEFAULT_TOKENS = 24_576
+WASTE_FACTORS = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0)
 
 app = typer.Typer(help="Routing traces: record, import, show, synth.", no_args_is_help=True)
 TraceFile = Annotated[Path, typer.Argument(metavar="TRACE", help="A trace file (Parquet).")]
@@ -68,17 +72,46 @@ def synth(
 
 
 @app.command()
-def show(file: TraceFile, json: Json = False) -> None:
-    """Say what a trace tells: how uneven the load is and how much tokens share, by layer and domain."""
-    from traces.stats import trace_stats
+def show(
+    file: TraceFile,
+    html: Annotated[Path | None, typer.Option(help="Write the pictures to this HTML file.")] = None,
+    capacity_factor: Annotated[float, typer.Option(help="Places of an expert over its mean load.")] = 1.25,
+    gate_threshold: Annotated[float, typer.Option(help="Share of a token's gates below which a pair is waste.")] = 0.05,
+    tokens_per_step: Annotated[
+        int | None, typer.Option(help="Tokens of a step whose capacity is counted; 256, or as many as there are.")
+    ] = None,
+    gpu: Annotated[str | None, typer.Option(help="GPU whose datasheet says how fast experts load.")] = None,
+    json: Json = False,
+) -> None:
+    """Say what a trace tells: loads, reuse, specialisation by domain, compute and wasted capacity."""
     from traces.store import read_trace
+    from tuner.trace_analysis import analyse
 
-    trace = read_trace(file)
-    stats = trace_stats(trace)
+    load_s = _loader(gpu)  # an unknown GPU is refused before anything is computed
+    analysis = analyse(
+        read_trace(file),
+        capacity_factors=sorted({capacity_factor, *(WASTE_FACTORS if html else ())}),
+        gate_threshold=gate_threshold,
+        tokens_per_step=tokens_per_step,
+    )
+    waste = next(waste for waste in analysis.wastes if waste.capacity_factor == capacity_factor)
+    if html:
+        from tuner.trace_html import write_trace_html
+
+        write_trace_html(html, analysis)
+        say(f"wrote {html}")
     if json:
-        print_json({"file": str(file), "source": trace.source, "model": trace.model.to_json(), **stats.to_json()})
+        print_json(_document(file, analysis, waste, load_s))
     else:
-        print_stats(trace, stats)
+        from moeroute.cli import trace_tables as tables
+
+        print_stats(analysis.trace, analysis.stats)
+        tables.print_specialisation(analysis)
+        tables.print_reuse(analysis, load_s)
+        tables.print_compute(analysis.compute)
+        tables.print_waste(waste)
+        for name, reason in analysis.left_out.items():
+            say(f"no {name}: {reason}")
 
 
 def print_stats(trace: "RoutingTrace", stats: "TraceStats") -> None:
@@ -121,3 +154,41 @@ def _store(trace: "RoutingTrace", out: Path, json: bool) -> None:
     else:
         print_stats(trace, stats)
         say(f"wrote {path}")
+
+
+def _loader(gpu: str | None) -> Callable[[float], float] | None:
+    """Seconds that bytes take from the host's memory, at the datasheet's bandwidth."""
+    if gpu is None:
+        return None
+    import numpy as np
+
+    from cost_models.cluster import gpu_cluster
+    from cost_models.devices import device
+    from cost_models.ops import HostToDevice
+    from cost_models.roofline import Roofline
+
+    costs = Roofline(gpu_cluster(device(gpu), 1))
+    return lambda bytes_: float(costs.seconds(HostToDevice(bytes_X=np.array([bytes_])))[0])
+
+
+def _document(
+    file: Path, analysis: "TraceAnalysis", waste: "Waste", load_s: Callable[[float], float] | None
+) -> dict[str, Any]:
+    trace, found = analysis.trace, analysis.specialisation
+    cache = analysis.cache.to_json()
+    if load_s is not None:
+        for entry in cache["caches"]:
+            entry["load_s_per_token"] = load_s(entry["loaded_bytes_per_token"])
+            entry["saved_s_per_token"] = load_s(entry["saved_bytes_per_token"])
+    return {
+        "file": str(file),
+        "source": trace.source,
+        "model": trace.model.to_json(),
+        **analysis.stats.to_json(),
+        "specialisation": None if found is None else found.to_json(),
+        "reuse": cache,
+        "active_set": analysis.active.to_json(),
+        "flops": analysis.compute.to_json(),
+        "waste": waste.to_json(),
+        "left_out": dict(analysis.left_out),
+    }

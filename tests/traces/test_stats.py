@@ -8,7 +8,7 @@ from trace_strategies import tiny_model, trace_of, traces
 from traces.errors import InputError
 from traces.formats.npz import import_npz
 from traces.presets import PRESETS
-from traces.stats import trace_stats
+from traces.stats import Compute, trace_stats
 
 
 def test_numbers_a_person_can_check():
@@ -108,3 +108,14 @@ def test_recorded_traces(shared_data, file, model, max_over_mean, least, most, u
     assert np.mean(stats.reuse_L) == pytest.approx(reuse, abs=6e-4)
     assert stats.uniform_reuse == pytest.approx(uniform_reuse, abs=6e-4)
     assert stats.uniform.max_over_mean == pytest.approx(uniform, abs=0.04)
+
+
+def test_sparse_and_dense_compute_a_person_can_check():
+    # Experts of 3 * 8 * 16 = 384 parameters, a shared one of 3 * 8 * 4 = 96; 2 layers, 2 FLOPs a parameter.
+    found = Compute.of(tiny_model(shared_experts=1, shared_hidden=4))
+    assert found.sparse_flops == 2 * 2 * (2 * 384 + 96)
+    assert found.dense_flops == 2 * 2 * (4 * 384 + 96)
+    assert found.active_experts == 0.5
+    assert found.active_parameters == pytest.approx(864 / 1632)
+    assert Compute.of(tiny_model(), top_k=4).active_parameters == 1
+    assert found.to_json()["sparse_flops"] == found.sparse_flops
