@@ -21,12 +21,14 @@ FORMAT_VERSION = 1
 _KIND = "routing-trace"
 _METADATA_KEY = b"moeroute"
 _METADATA_TYPES = {"model": dict, "candidates": int, "score_kind": str, "domains": list, "source": str, "text": dict}
+_RECORDED = "recorded_candidates"
 _AGAIN = "record or import the trace again"
 
 
 def write_trace(path: Path, trace: RoutingTrace) -> None:
     """Write `trace` to `path`, whole or not at all.
 
+    A file without `recorded_candidates` in its metadata, older ones too, was recorded whole.
     Columns: request int32, position int32, phase uint8, domain uint8 (if the trace has domains), expert_ids
     fixed_size_list<uint16>[L * C], gates fixed_size_list<float16>[L * C] (if it has gates), layer by layer.
     Errors: `OSError` as the system gives it.
@@ -68,13 +70,16 @@ def trace_digest(trace: RoutingTrace) -> str:
 
 
 def _description(trace: RoutingTrace) -> dict[str, Any]:
-    return {
+    description = {
         "model": trace.model.to_json(),
         "candidates": trace.candidates,
         "score_kind": trace.score_kind,
         "domains": list(trace.domains),
         "text": dict(trace.text),
     }
+    if trace.completed:  # said only where it is so: traces that were recorded whole keep their digests
+        description[_RECORDED] = trace.recorded_candidates
+    return description
 
 
 def _arrays(trace: RoutingTrace) -> dict[str, NDArray[Any]]:
@@ -135,6 +140,10 @@ def _metadata(table: pa.Table) -> dict[str, Any]:
             f"unreadable trace metadata (score_kind is {metadata['score_kind']!r}, "
             f"expected one of {', '.join(get_args(ScoreKind))}); {_AGAIN}"
         )
+    if type(metadata.get(_RECORDED)) not in (int, type(None)):
+        raise InputError(
+            f"unreadable trace metadata ({_RECORDED} is {metadata[_RECORDED]!r}, expected int or none); {_AGAIN}"
+        )
     return metadata
 
 
@@ -155,6 +164,7 @@ def _trace(table: pa.Table, metadata: dict[str, Any]) -> RoutingTrace:
         score_kind=metadata["score_kind"],
         source=metadata["source"],
         text=metadata["text"],
+        recorded_candidates=metadata.get(_RECORDED),
     )
     if trace.domain_T is not None and trace.domain_T.max() >= len(trace.domains):
         raise InputError(f"domain {trace.domain_T.max()} of {len(trace.domains)} domains; {_AGAIN}")

@@ -21,6 +21,8 @@ class RoutingTrace:
     `score_kind` says; `request_T` int32, `position_T` int32 (in the request), `phase_T` uint8 (`PREFILL` or
     `DECODE`), `domain_T` uint8 or None, an index into `domains`. `text` identifies the text that the tokens
     came from, so that a real run can repeat it; `source` says in a line where the trace is from.
+    `recorded_candidates`: how many of the C were recorded, where a model filled in the others
+    (`traces.completion`); None where all were.
     """
 
     model: ModelSpec
@@ -34,6 +36,7 @@ class RoutingTrace:
     score_kind: ScoreKind
     source: str
     text: Mapping[str, Any] = field(default_factory=dict)
+    recorded_candidates: int | None = None
 
     def __post_init__(self) -> None:
         ids = self.expert_ids_TLC
@@ -52,6 +55,12 @@ class RoutingTrace:
                 f"trace {self.source}: expert id {ids.max()} in a model of {self.model.experts} experts; "
                 "is the model the right one, or are these physical slots?"
             )
+        recorded = self.recorded_candidates
+        if recorded is not None and not self.model.top_k <= recorded <= ids.shape[2]:
+            raise InputError(
+                f"trace {self.source}: recorded_candidates is {recorded}; "
+                f"expected {self.model.top_k} (top_k) to {ids.shape[2]} (candidates), or None for all"
+            )
         if self.gates_TLC is not None and self.gates_TLC.shape != ids.shape:
             raise InputError(f"trace {self.source}: gates have shape {self.gates_TLC.shape}, expert ids {ids.shape}")
         for name in ("request_T", "position_T", "phase_T", "domain_T"):
@@ -66,8 +75,31 @@ class RoutingTrace:
 
     @property
     def candidates(self) -> int:
-        """C, the number of experts recorded for each token and layer."""
+        """C, the number of experts that the trace names for each token and layer."""
         return int(self.expert_ids_TLC.shape[2])
+
+    @property
+    def completed(self) -> bool:
+        """Whether some of the candidates were filled in by a model, not recorded."""
+        return self.recorded_candidates is not None and self.recorded_candidates < self.candidates
+
+    def best(self, count: int) -> Self:
+        """The trace of only the best `count` candidates of each token.
+
+        Errors: `InputError` where that is fewer than the model's top k, or more than the trace has.
+        """
+        if not self.model.top_k <= count <= self.candidates:
+            raise InputError(
+                f"trace {self.source}: the best {count} candidates a token; "
+                f"use {self.model.top_k} (top_k) to {self.candidates} (candidates)"
+            )
+        recorded = self.recorded_candidates
+        return replace(
+            self,
+            expert_ids_TLC=self.expert_ids_TLC[:, :, :count],
+            gates_TLC=None if self.gates_TLC is None else self.gates_TLC[:, :, :count],
+            recorded_candidates=None if recorded is None or recorded >= count else recorded,
+        )
 
     def take(self, tokens: NDArray[Any]) -> Self:
         """The trace of some of the tokens: a boolean mask [T] or an index array."""

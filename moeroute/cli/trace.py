@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moeroute.cli.complete import complete
 from moeroute.cli.console import Json, Out, Seed, print_json, print_table, say
 
 if TYPE_CHECKING:
@@ -69,6 +70,9 @@ def synth(
     from traces.synthetic import synthetic_trace
 
     _store(synthetic_trace(preset(model), tokens=tokens, zipf=zipf, candidates=candidates, seed=seed), out, json)
+
+
+app.command()(complete)
 
 
 @app.command()

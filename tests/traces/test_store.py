@@ -61,7 +61,7 @@ def test_any_trace_comes_back_as_it_was_written(tmp_path, trace):
         if before is not None:
             assert before.dtype == after.dtype
             np.testing.assert_array_equal(before, after)
-    for name in ("model", "score_kind", "domains", "source", "text"):
+    for name in ("model", "score_kind", "domains", "source", "text", "completed"):
         assert getattr(back, name) == getattr(trace, name)
     assert trace_digest(back) == trace_digest(trace)
 
@@ -79,6 +79,40 @@ def test_digest_is_of_the_content_not_of_where_it_came_from():
         replace(_TRACE, phase_T=1 - _TRACE.phase_T),
     ]
     assert len({trace_digest(trace) for trace in [_TRACE, *changed]}) == 7
+
+
+def test_a_completed_trace_says_so_and_keeps_saying_it(tmp_path):
+    completed = replace(_TRACE, model=tiny_model(top_k=1), recorded_candidates=1)
+    write_trace(tmp_path / "a.parquet", completed)
+    back = read_trace(tmp_path / "a.parquet")
+    assert (back.candidates, back.recorded_candidates, back.completed) == (2, 1, True)
+    assert trace_digest(back) == trace_digest(completed)
+    assert trace_digest(back) != trace_digest(replace(completed, recorded_candidates=None))
+    for part in (back.take(np.array([1])), replace(back, source="elsewhere"), back.best(2)):
+        assert (part.recorded_candidates, part.completed) == (1, True)
+    recorded = back.best(1)
+    assert (recorded.candidates, recorded.recorded_candidates, recorded.completed) == (1, None, False)
+    np.testing.assert_array_equal(recorded.gates_TLC, completed.gates_TLC[:, :, :1])
+
+
+def test_a_trace_recorded_whole_says_nothing_of_completion(written):
+    assert "recorded_candidates" not in json.loads(pq.read_table(written).schema.metadata[b"moeroute"])
+    assert read_trace(written).recorded_candidates is None
+    whole = replace(_TRACE, recorded_candidates=2)
+    assert not whole.completed
+    assert trace_digest(whole) == trace_digest(_TRACE)
+
+
+@pytest.mark.parametrize("recorded", [1, 3])
+def test_recorded_candidates_lie_between_top_k_and_all(recorded):
+    with pytest.raises(InputError, match=rf"recorded_candidates is {recorded}; expected 2 \(top_k\) to 2 \(cand"):
+        replace(_TRACE, recorded_candidates=recorded)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_the_best_candidates_lie_between_top_k_and_all(count):
+    with pytest.raises(InputError, match=rf"the best {count} candidates a token; use 2 \(top_k\) to 2 \(cand"):
+        _TRACE.best(count)
 
 
 def test_a_missing_file_is_named(tmp_path):
@@ -138,6 +172,9 @@ def test_other_parquet_files_are_refused(tmp_path):
         ({"model": {**tiny_model().to_json(), "top_k": 5}}, r"top_k 5 is more than its 4 experts"),
         ({"candidates": 1}, r"expert_ids is .*, expected .*\[2\]"),
         ({"domains": []}, r"domain 0 of 0 domains"),
+        ({"recorded_candidates": "1"}, r"recorded_candidates is '1', expected int or none"),
+        ({"recorded_candidates": True}, r"recorded_candidates is True, expected int or none"),
+        ({"recorded_candidates": 1}, r"recorded_candidates is 1; expected 2 \(top_k\) to 2 \(candidates\)"),
     ],
 )
 def test_bad_metadata_is_named(written, metadata, message):
