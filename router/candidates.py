@@ -1,13 +1,11 @@
 """Candidates: what a router offers for one step of one layer, before a policy chooses."""
 
 from dataclasses import dataclass, replace
-from typing import Literal, Self
+from typing import Self
 
 from router.backends import Array, namespace, on_host, topk
 from traces.errors import InputError
-from traces.model import ScoreKind
-
-GateKind = Literal["softmax", "sigmoid"]
+from traces.model import GateKind, ScoreKind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -124,6 +124,7 @@ class Replay:
                     source_rank_T=step.source_rank_T,
                     experts=trace.model.experts,
                     score_kind=trace.score_kind,
+                    null_experts=trace.model.null_experts,
                 )
                 for layer in self.layers
             ]

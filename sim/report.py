@@ -50,8 +50,8 @@ class Report:
     `token_imbalance` and `active_imbalance`: the largest rank's rows, and its active experts, over the mean rank's,
     averaged over layers and steps. `critical_rank_by_layer`: of each MoE layer, the rank that comes last to its last
     collective in most steps. `gate_mass`: router score kept, as a share of what the model's own top k has.
-    `dropped_share`: of chosen pairs; `lost_share`: of kept pairs, those whose rank was lost before it computed them.
-    `bytes_by_tier`: what crosses links inside nodes and between them, a step.
+    `dropped_share` and `rerouted_share`: of chosen pairs; `lost_share`: of kept pairs, those whose rank was lost before
+    it computed them. `bytes_by_tier`: what crosses links inside nodes and between them, a step.
     """
 
     name: str
@@ -74,10 +74,12 @@ class Report:
     experts_per_token: float
     gate_mass: float
     dropped_share: float
+    rerouted_share: float
     lost_share: float
     bytes_by_tier: dict[str, float]
     expert_flops_per_token: float
     memory: MemoryUse
+    completed: bool = False
 
     @property
     def network_bytes_per_step(self) -> float:
@@ -148,6 +150,7 @@ def summarize(
         experts_per_token=quality.experts_per_token,
         gate_mass=quality.gate_mass,
         dropped_share=quality.dropped_share,
+        rerouted_share=quality.rerouted_share,
         lost_share=_lost_share(works, timelines),
         bytes_by_tier=_mean_of([_sum_of([work.bytes_by_tier() for work in of_step]) for of_step in works]),
         expert_flops_per_token=flops_per_token,

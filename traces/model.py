@@ -6,11 +6,13 @@ slots, G ranks, D hidden size, F expert intermediate size. These letters end arr
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from traces.errors import InputError
 
 ScoreKind = Literal["logits", "softmax", "sigmoid", "softmax_over_topk", "none"]
+GateKind = Literal["softmax", "sigmoid"]
+NullKind = Literal["zero", "copy", "constant", "mixed"]
 AttentionKind = Literal["grouped", "latent", ""]
 
 # Hugging Face spells one quantity several ways; the first key that a config has wins.
@@ -44,8 +46,13 @@ class ModelSpec:
 
     Counts are whole numbers, widths are in elements, `weight_bytes` and `activation_bytes` are bytes an
     element (0.5 for 4-bit weights). `weight_dtype` names the weights' format where their bytes do not tell it (8 bits
-    may be scaled as a whole, `fp8`, or in blocks, `fp8_block`). `renormalise` says whether the gates of a token's
-    chosen experts are scaled to sum to one. `kv_bytes_per_token` covers all layers.
+    may be scaled as a whole, `fp8`, or in blocks, `fp8_block`). `gate` is what makes scores of the router's logits, and
+    `renormalise` says whether the scores of a token's chosen experts are scaled to sum to one. `kv_bytes_per_token`
+    covers all layers.
+
+    `null_experts` of `null_kind` stand behind the E experts in the router, ids E and up, and in `top_k`, but do next to
+    no work: they give nothing (`zero`, AdaMoE, arXiv 2406.13233), the token itself (`copy`) or a mix of it and a learnt
+    vector (`constant`); `mixed`: the three in turn (MoE++, arXiv 2410.07348).
 
     What surrounds the MoE layers: `dense_layers` layers come first, with an MLP `dense_hidden` wide in place of
     experts; every layer has attention of `heads` query and `kv_heads` key-value heads, `head_dim` wide, of
@@ -67,7 +74,10 @@ class ModelSpec:
     weight_bytes: float = 2.0
     weight_dtype: str | None = None
     activation_bytes: int = 2
+    gate: GateKind = "softmax"
     renormalise: bool = True
+    null_experts: int = 0
+    null_kind: NullKind = "zero"
     dense_layers: int = 0
     dense_hidden: int = 0
     attention: AttentionKind = ""
@@ -90,11 +100,22 @@ class ModelSpec:
                     f"model {self.name}: {field} is {getattr(self, field)}; with its attention or dense layers it must "
                     "be at least 1"
                 )
-        if self.top_k > self.experts:
+        if self.null_experts < 0:
+            raise InputError(f"model {self.name}: null_experts is {self.null_experts}; it must be at least 0")
+        for field, known in (("gate", get_args(GateKind)), ("null_kind", get_args(NullKind))):
+            if getattr(self, field) not in known:
+                raise InputError(f"model {self.name}: {field} is {getattr(self, field)!r}; use {', '.join(known)}")
+        if self.top_k > self.all_experts:
+            nulls = f" and {self.null_experts} null ones" if self.null_experts else ""
             raise InputError(
-                f"model {self.name}: top_k {self.top_k} is more than its {self.experts} experts; "
-                f"use top_k <= {self.experts}"
+                f"model {self.name}: top_k {self.top_k} is more than its {self.experts} experts{nulls}; "
+                f"use top_k <= {self.all_experts}"
             )
+
+    @property
+    def all_experts(self) -> int:
+        """E and the null experts: what the router scores."""
+        return self.experts + self.null_experts
 
     @property
     def dtype(self) -> str:
@@ -143,11 +164,14 @@ class ModelSpec:
         return self.hidden * self.activation_bytes
 
     def flops_per_token(self, experts_used: float) -> float:
-        """Floating-point operations a token costs in the experts of all layers (a multiply-add is two)."""
+        """Floating-point operations a token costs in the experts of all layers (a multiply-add is two).
+
+        Null experts cost none: the mix of a constant one is two products of D, an expert's are thousands.
+        """
         return 2.0 * self.layers * (experts_used * self.expert_parameters + self.shared_parameters)
 
     def to_json(self) -> dict[str, Any]:
-        """The spec as a JSON object; `ModelSpec(**document)` reads it back."""
+        """The spec as a JSON object; `ModelSpec(**document)` reads it back, and fields that it lacks are defaults."""
         return asdict(self)
 
     @classmethod
@@ -203,6 +227,7 @@ class ModelSpec:
             shared_hidden=shared_hidden,
             other_parameters=layers_all * attention + embeddings + dense + routers,
             kv_bytes_per_token=2 * layers_all * kv_width,
+            gate="sigmoid" if config.get("scoring_func") == "sigmoid" else "softmax",
             renormalise=bool(config.get("norm_topk_prob", True)),
             dense_layers=dense_layers,
             dense_hidden=int(config.get("intermediate_size") or 0) if dense_layers else 0,

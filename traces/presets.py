@@ -37,6 +37,7 @@ _DEEPSEEK_V3 = {
     "qk_nope_head_dim": 128,
     "qk_rope_head_dim": 64,
     "v_head_dim": 128,
+    "scoring_func": "sigmoid",
     "norm_topk_prob": True,
 }
 
@@ -46,6 +47,17 @@ _CONFIGS: dict[str, Mapping[str, Any]] = {
     "gpt-oss-20b": {**_GPT_OSS, "num_hidden_layers": 24, "num_local_experts": 32},
     # huggingface.co/openai/gpt-oss-120b
     "gpt-oss-120b": {**_GPT_OSS, "num_hidden_layers": 36, "num_local_experts": 128},
+    # huggingface.co/databricks/dbrx-base, whose keys are those of its attn_config and ffn_config
+    "dbrx": {
+        "hidden_size": 6144,
+        "intermediate_size": 10752,
+        "num_hidden_layers": 40,
+        "num_local_experts": 16,
+        "num_experts_per_tok": 4,
+        "num_attention_heads": 48,
+        "num_key_value_heads": 8,
+        "vocab_size": 100352,
+    },
     # huggingface.co/mistralai/Mixtral-8x7B-v0.1
     "mixtral-8x7b": {
         "hidden_size": 4096,

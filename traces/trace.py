@@ -45,14 +45,14 @@ class RoutingTrace:
                 f"trace {self.source}: expert ids have shape {ids.shape}; "
                 f"expected [tokens > 0, {self.model.layers} layers, candidates]"
             )
-        if not self.model.top_k <= ids.shape[2] <= self.model.experts:
+        if not self.model.top_k <= ids.shape[2] <= self.model.all_experts:
             raise InputError(
                 f"trace {self.source}: {ids.shape[2]} candidates a token; "
-                f"expected {self.model.top_k} (top_k) to {self.model.experts} (experts)"
+                f"expected {self.model.top_k} (top_k) to {self.model.all_experts} (experts)"
             )
-        if ids.max() >= self.model.experts:
+        if ids.max() >= self.model.all_experts:
             raise InputError(
-                f"trace {self.source}: expert id {ids.max()} in a model of {self.model.experts} experts; "
+                f"trace {self.source}: expert id {ids.max()} in a model of {self.model.all_experts} experts; "
                 "is the model the right one, or are these physical slots?"
             )
         recorded = self.recorded_candidates
@@ -114,10 +114,13 @@ class RoutingTrace:
         )
 
     def loads_LE(self, top_k: int | None = None) -> NDArray[np.int64]:
-        """Token counts [L, E] when each token uses its `top_k` best candidates (the model's own by default)."""
+        """Token counts [L, E] when each token uses its `top_k` best candidates (the model's own by default).
+
+        What goes to null experts is no load.
+        """
         k = self.model.top_k if top_k is None else top_k
-        experts = self.model.experts
+        every = self.model.all_experts
         layer_L1 = np.arange(self.model.layers)[:, None]
-        keys_TLK = self.expert_ids_TLC[:, :, :k].astype(np.int64) + layer_L1 * experts
-        counts = np.bincount(keys_TLK.ravel(), minlength=self.model.layers * experts)
-        return counts.reshape(self.model.layers, experts)
+        keys_TLK = self.expert_ids_TLC[:, :, :k].astype(np.int64) + layer_L1 * every
+        counts = np.bincount(keys_TLK.ravel(), minlength=self.model.layers * every)
+        return counts.reshape(self.model.layers, every)[:, : self.model.experts]

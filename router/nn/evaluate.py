@@ -25,7 +25,8 @@ class HeldOutLoss:
     """The loss of each of N sequences, and what the policy did to get it.
 
     `loss_N` float64 nats a byte; `domain_N` uint8, an index into `domains`; `chosen_LE` and `kept_LE` count the
-    pairs each expert was chosen for and computed; `tokens` is the number of tokens, the same in every layer.
+    pairs each expert was chosen for and computed, `rerouted_LE` those of the computed ones that another expert was
+    chosen for first; `tokens` is the number of tokens, the same in every layer. Null experts are in none of them.
     """
 
     domains: tuple[str, ...]
@@ -33,6 +34,7 @@ class HeldOutLoss:
     domain_N: NDArray[np.uint8]
     chosen_LE: NDArray[np.int64]
     kept_LE: NDArray[np.int64]
+    rerouted_LE: NDArray[np.int64]
     tokens: int
 
     @property
@@ -53,7 +55,16 @@ class HeldOutLoss:
     @property
     def dropped_share(self) -> float:
         """The share of the chosen pairs that capacity dropped."""
-        return float(1 - self.kept_LE.sum() / self.chosen_LE.sum())
+        return self._share_of_chosen(self.chosen_LE - self.kept_LE)
+
+    @property
+    def rerouted_share(self) -> float:
+        """The share of the chosen pairs that another expert computes than the policy chose first."""
+        return self._share_of_chosen(self.rerouted_LE)
+
+    def _share_of_chosen(self, pairs_LE: NDArray[np.int64]) -> float:
+        """0 where nothing was chosen: every token may have gone to null experts."""
+        return float(pairs_LE.sum() / max(self.chosen_LE.sum(), 1))
 
 
 def held_out_loss(
@@ -86,7 +97,7 @@ def held_out_loss(
     text = torch.from_numpy(text_NS.astype(np.int64))
     source_rank_T = torch.arange(ranks).repeat_interleave(tokens_per_rank)
     chosen_LE = np.zeros((layers, model.config.experts), dtype=np.int64)
-    kept_LE = np.zeros_like(chosen_LE)
+    kept_LE, rerouted_LE = np.zeros_like(chosen_LE), np.zeros_like(chosen_LE)
     states: tuple[State, ...] | None = None
     losses = []
     for text_BS in torch.split(text, sequences_per_step):
@@ -104,7 +115,11 @@ def held_out_loss(
         loss_BS = F.cross_entropy(step.logits_BSV.mT, text_BS[:, 1:], reduction="none")
         losses.append(loss_BS.double().mean(dim=1).numpy())
         for layer, assignment in enumerate(step.assignments):
-            for counts_LE, pairs_TK in ((chosen_LE, assignment.chosen_TK), (kept_LE, assignment.kept_TK)):
+            for counts_LE, pairs_TK in (
+                (chosen_LE, assignment.chosen_TK),
+                (kept_LE, assignment.kept_TK),
+                (rerouted_LE, assignment.rerouted_TK),
+            ):
                 ids_N = assignment.ids_TK[pairs_TK]
                 counts_LE[layer] += torch.bincount(ids_N, minlength=model.config.experts).numpy()
     return HeldOutLoss(
@@ -113,6 +128,7 @@ def held_out_loss(
         domain_N=domain_N,
         chosen_LE=chosen_LE,
         kept_LE=kept_LE,
+        rerouted_LE=rerouted_LE,
         tokens=sequences * context,
     )
 

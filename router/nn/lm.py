@@ -14,12 +14,16 @@ from router.policies import RoutingPolicy
 from router.policies.top_k import TopK
 from router.prices import RoutePrices
 from traces.errors import InputError
-from traces.model import ModelSpec
+from traces.model import GateKind, ModelSpec, NullKind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LanguageModelConfig:
-    """The model's shape: widths in elements, `context` in bytes of text (one byte is one token)."""
+    """The model's shape: widths in elements, `context` in bytes of text (one byte is one token).
+
+    `gate`, `renormalise`, `shared_experts` (as wide as the others), `null_experts` and `null_kind` are as in
+    `ModelSpec`: a token uses `top_k` of the experts and null experts together.
+    """
 
     hidden: int = 128
     layers: int = 4
@@ -29,12 +33,22 @@ class LanguageModelConfig:
     top_k: int = 4
     context: int = 128
     vocab: int = 256
+    gate: GateKind = "softmax"
+    renormalise: bool = True
+    shared_experts: int = 0
+    null_experts: int = 0
+    null_kind: NullKind = "zero"
 
     def __post_init__(self) -> None:
         if self.hidden % (2 * self.heads):
             raise InputError(f"hidden ({self.hidden}) must be a multiple of twice the heads ({self.heads})")
-        if not 1 <= self.top_k <= self.experts:
-            raise InputError(f"top_k is {self.top_k}; with {self.experts} experts use 1 to {self.experts}")
+        for field in ("shared_experts", "null_experts"):
+            if getattr(self, field) < 0:
+                raise InputError(f"{field} is {getattr(self, field)}; it must be at least 0")
+        every = self.experts + self.null_experts
+        if not 1 <= self.top_k <= every:
+            nulls = f" and {self.null_experts} null ones" if self.null_experts else ""
+            raise InputError(f"top_k is {self.top_k}; with {self.experts} experts{nulls} use 1 to {every}")
 
     @property
     def policy(self) -> RoutingPolicy:
@@ -83,7 +97,16 @@ class Block(nn.Module):
         self.norm_attention = nn.RMSNorm(config.hidden)
         self.attention = Attention(config)
         self.norm_moe = nn.RMSNorm(config.hidden)
-        self.moe = MoELayer(hidden=config.hidden, expert_hidden=config.expert_hidden, experts=config.experts)
+        self.moe = MoELayer(
+            hidden=config.hidden,
+            expert_hidden=config.expert_hidden,
+            experts=config.experts,
+            gate_kind=config.gate,
+            renormalise=config.renormalise,
+            shared_experts=config.shared_experts,
+            null_experts=config.null_experts,
+            null_kind=config.null_kind,
+        )
 
 
 class LanguageModel(nn.Module):
@@ -104,6 +127,8 @@ class LanguageModel(nn.Module):
             nn.init.normal_(block.attention.w_out.weight, std=config.hidden**-0.5 / (2 * config.layers) ** 0.5)
             with torch.no_grad():
                 block.moe.w_down_EDF.div_((2 * config.layers) ** 0.5)
+                if block.moe.shared is not None:
+                    block.moe.shared.w_down_DF.div_((2 * config.layers) ** 0.5)
 
     @property
     def moe_layers(self) -> tuple[MoELayer, ...]:
@@ -144,7 +169,9 @@ class LanguageModel(nn.Module):
         assignments, next_states = [], []
         for layer, block in enumerate(self._blocks()):
             x_BSD = x_BSD + block.attention(block.norm_attention(x_BSD), self.turn_2SX[:, : tokens_BS.shape[1]])
-            context = RouteContext(layer=layer, ranks=ranks, renormalise=True, history=history, prices=prices)
+            context = RouteContext(
+                layer=layer, ranks=ranks, renormalise=self.config.renormalise, history=history, prices=prices
+            )
             out_TD, assignment, state = block.moe.routed(
                 block.norm_moe(x_BSD).flatten(0, 1), policy, context, source_rank_T, states[layer] if states else {}
             )
@@ -160,6 +187,10 @@ class LanguageModel(nn.Module):
         expert_parameters = sum(
             weight.numel() for moe in self.moe_layers for weight in (moe.w_gate_EFD, moe.w_up_EFD, moe.w_down_EDF)
         )
+        shared_parameters = sum(
+            weight.numel() for moe in self.moe_layers if moe.shared is not None for weight in moe.shared.parameters()
+        )
+        all_parameters = sum(weight.numel() for weight in self.parameters())
         return ModelSpec(
             name="reference",
             layers=config.layers,
@@ -167,10 +198,16 @@ class LanguageModel(nn.Module):
             top_k=config.top_k,
             hidden=config.hidden,
             expert_hidden=config.expert_hidden,
-            other_parameters=sum(weight.numel() for weight in self.parameters()) - expert_parameters,
+            shared_experts=config.shared_experts,
+            shared_hidden=config.expert_hidden if config.shared_experts else 0,
+            other_parameters=all_parameters - expert_parameters - shared_parameters,
             kv_bytes_per_token=2 * config.layers * config.hidden * 4,
             weight_bytes=4,
             activation_bytes=4,
+            gate=config.gate,
+            renormalise=config.renormalise,
+            null_experts=config.null_experts,
+            null_kind=config.null_kind,
         )
 
     def _blocks(self) -> list[Block]:

@@ -12,6 +12,10 @@ from router.candidates import Candidates
 from router.capacity import Capacity
 from router.context import RouteContext, State
 from router.policies import RoutingPolicy
+from traces.model import GateKind, NullKind
+
+_NULL_KINDS: tuple[NullKind, ...] = ("zero", "copy", "constant")
+_CONSTANT_SIZE = 0.02  # of a constant expert's vector at the start, as of an embedding
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,7 +23,8 @@ class TrainingRule:
     """How the layer routes while it trains.
 
     Each expert takes at most ceil(T * K / E * `capacity_factor`) pairs of a step, first choices first: 1.5 drops few
-    and pads far less than the fullest expert would. `balance` is the factor on the load-balancing loss.
+    and pads far less than the fullest expert would. E counts null experts too. `balance` is the factor on the
+    load-balancing loss.
     """
 
     top_k: int
@@ -27,43 +32,118 @@ class TrainingRule:
     balance: float = 0.01
 
 
-class MoELayer(nn.Module):
-    """E SwiGLU experts behind a softmax gate.
-
-    `gate` maps [T, D] to logits [T, E]; expert e computes down(silu(gate x) * up x) with `w_gate_EFD[e]`,
-    `w_up_EFD[e]` and `w_down_EDF[e]`. The weights of a token's experts are scaled to sum to one.
-    """
+class SharedExperts(nn.Module):
+    """S experts that every token uses, at weight one: a single SwiGLU of width S * F, which computes their sum."""
 
     def __init__(self, *, hidden: int, expert_hidden: int, experts: int) -> None:
         super().__init__()
-        self.gate = nn.Linear(hidden, experts, bias=False)
+        width = experts * expert_hidden
+        self.w_gate_FD = nn.Parameter(torch.randn(width, hidden) * hidden**-0.5)
+        self.w_up_FD = nn.Parameter(torch.randn(width, hidden) * hidden**-0.5)
+        self.w_down_DF = nn.Parameter(torch.randn(hidden, width) * expert_hidden**-0.5)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """[T, D] to [T, D]."""
+        return F.linear(F.silu(F.linear(x_TD, self.w_gate_FD)) * F.linear(x_TD, self.w_up_FD), self.w_down_DF)
+
+
+class NullExperts(nn.Module):
+    """N experts that do next to no work: `zero` gives nothing, `copy` the token itself, `constant` a mix.
+
+    A constant expert gives a x + b v: a vector v of its own, and the token's mix (a, b) = softmax(W x), W [2, D]
+    (MoE++, arXiv 2410.07348). `mixed`: the three kinds in turn. Zero experts are AdaMoE's (arXiv 2406.13233).
+    """
+
+    w_mix_X2D: nn.Parameter | None
+    constant_XD: nn.Parameter | None
+
+    def __init__(self, *, hidden: int, experts: int, kind: NullKind) -> None:
+        super().__init__()
+        kinds = [_NULL_KINDS[null % 3] if kind == "mixed" else kind for null in range(experts)]
+        self.copies = [null for null, its_kind in enumerate(kinds) if its_kind == "copy"]
+        self.constants = [null for null, its_kind in enumerate(kinds) if its_kind == "constant"]
+        self.w_mix_X2D = self.constant_XD = None
+        if self.constants:
+            self.w_mix_X2D = nn.Parameter(torch.randn(len(self.constants), 2, hidden) * hidden**-0.5)
+            self.constant_XD = nn.Parameter(torch.randn(len(self.constants), hidden) * _CONSTANT_SIZE)
+
+    def forward(self, x_TD: Tensor, weights_TN: Tensor) -> Tensor:
+        """What tokens [T, D] get from the null experts that they give `weights_TN` to: [T, D]."""
+        own_T1 = weights_TN[:, self.copies].sum(dim=1, keepdim=True)
+        if self.w_mix_X2D is None or self.constant_XD is None:
+            return x_TD * own_T1.to(x_TD.dtype)
+        mix_TX2 = torch.softmax(torch.einsum("td,xcd->txc", x_TD, self.w_mix_X2D), dim=-1)
+        given_TX2 = weights_TN[:, self.constants, None] * mix_TX2
+        own_T1 = own_T1 + given_TX2[:, :, 0].sum(dim=1, keepdim=True)
+        return x_TD * own_T1.to(x_TD.dtype) + given_TX2[:, :, 1].to(x_TD.dtype) @ self.constant_XD.to(x_TD.dtype)
+
+
+class MoELayer(nn.Module):
+    """E SwiGLU experts behind a gate, and what else a layer may have.
+
+    `gate` maps [T, D] to logits [T, E + N], of which `gate_kind` makes scores; expert e computes
+    down(silu(gate x) * up x) with `w_gate_EFD[e]`, `w_up_EFD[e]` and `w_down_EDF[e]`. If `renormalise`, the weights of
+    a token's experts are scaled to sum to one, else they are the scores. `shared` and `null` are None where the layer
+    has none; what a token gives to null experts is their score, and takes no part in the scaling (AdaMoE, arXiv
+    2406.13233).
+    """
+
+    def __init__(
+        self,
+        *,
+        hidden: int,
+        expert_hidden: int,
+        experts: int,
+        gate_kind: GateKind = "softmax",
+        renormalise: bool = True,
+        shared_experts: int = 0,
+        null_experts: int = 0,
+        null_kind: NullKind = "zero",
+    ) -> None:
+        super().__init__()
+        self.gate_kind = gate_kind
+        self.renormalise = renormalise
+        self.null_experts = null_experts
+        self.gate = nn.Linear(hidden, experts + null_experts, bias=False)
         self.w_gate_EFD = nn.Parameter(torch.randn(experts, expert_hidden, hidden) * hidden**-0.5)
         self.w_up_EFD = nn.Parameter(torch.randn(experts, expert_hidden, hidden) * hidden**-0.5)
         self.w_down_EDF = nn.Parameter(torch.randn(experts, hidden, expert_hidden) * expert_hidden**-0.5)
+        self.shared = (
+            SharedExperts(hidden=hidden, expert_hidden=expert_hidden, experts=shared_experts)
+            if shared_experts
+            else None
+        )
+        self.null = NullExperts(hidden=hidden, experts=null_experts, kind=null_kind) if null_experts else None
 
     @property
     def experts(self) -> int:
         """E."""
-        return int(self.gate.out_features)
+        return int(self.w_gate_EFD.shape[0])
+
+    def candidates(self, logits_TX: Tensor, source_rank_T: Tensor) -> Candidates:
+        """What the gate's logits [T, E + N] offer a policy."""
+        return Candidates.from_logits(logits_TX, source_rank_T, gate=self.gate_kind, null_experts=self.null_experts)
 
     def forward(self, x_TD: Tensor, rule: TrainingRule) -> tuple[Tensor, Tensor]:
         """The training path: (output [T, D], balance loss, a scalar).
 
         Pairs over an expert's capacity are dropped. The loss is that of Switch (arXiv 2101.03961) over k choices:
-        balance * E * sum of f_e P_e, with f_e expert e's share of the pairs and P_e its mean probability.
+        balance * E * sum of f_e P_e, with f_e expert e's share of the pairs and P_e its mean probability; of a sigmoid
+        gate, its mean share of a token's scores (DeepSeek-V3, arXiv 2412.19437, equation 19). Null experts count among
+        the E, and each has the mean f_e of all of them, so that only their sum is balanced (AdaMoE, arXiv 2406.13233).
         """
         tokens, k, experts = x_TD.shape[0], rule.top_k, self.experts
         with torch.autocast(x_TD.device.type, enabled=False):
-            probs_TE = torch.softmax(self.gate(x_TD.float()), dim=-1)
-        best_TK, ids_TK = torch.topk(probs_TE, k)
-        weights_TK = best_TK / best_TK.sum(dim=-1, keepdim=True)
+            scores_TX, probs_TX = self._scores(self.gate(x_TD.float()))
+        best_TK, ids_TK = torch.topk(scores_TX, k)
+        weights_TK = self._weights(best_TK, ids_TK)
 
         # Every token's first choice queues before any second choice.
-        pair_KT = F.one_hot(ids_TK.T.reshape(-1), experts)
-        place_N = (pair_KT.cumsum(dim=0) * pair_KT).sum(dim=-1) - 1
+        pair_NX = F.one_hot(ids_TK.T.reshape(-1), experts + self.null_experts)
+        place_N = (pair_NX.cumsum(dim=0) * pair_NX).sum(dim=-1) - 1
         place_TK = place_N.view(k, tokens).T
-        capacity = Capacity(factor=rule.capacity_factor).pairs_per_expert(tokens, k, experts)
-        kept_TK = place_TK < capacity
+        capacity = Capacity(factor=rule.capacity_factor).pairs_per_expert(tokens, k, experts + self.null_experts)
+        kept_TK = (place_TK < capacity) & (ids_TK < experts)
         row_TK = torch.where(kept_TK, ids_TK * capacity + place_TK, experts * capacity)
 
         # Rows no pair fills read token 0; nothing reads their output. The row behind the last takes dropped pairs.
@@ -82,24 +162,51 @@ class MoELayer(nn.Module):
         pairs_TKD = out_ND.index_select(0, read_TK.reshape(-1)).view(tokens, k, -1)
         out_TD = (pairs_TKD * (weights_TK * kept_TK)[:, :, None].to(pairs_TKD.dtype)).sum(dim=1)
 
-        share_E = pair_KT.sum(dim=0) / (tokens * k)
-        return out_TD, rule.balance * experts * (share_E * probs_TE.mean(dim=0)).sum()
+        if self.shared is not None:
+            out_TD = out_TD + self.shared(x_TD)
+        share_X = pair_NX.sum(dim=0) / (tokens * k)
+        if self.null is not None:
+            null_N = torch.arange(experts, experts + self.null_experts, device=x_TD.device)
+            out_TD = out_TD + self.null(x_TD, ((ids_TK[:, :, None] == null_N) * best_TK[:, :, None]).sum(dim=1))
+            share_X = torch.cat((share_X[:experts], share_X[experts:].mean().expand(self.null_experts)))
+        return out_TD, rule.balance * share_X.numel() * (share_X * probs_TX.mean(dim=0)).sum()
 
     @torch.no_grad()
     def routed(
         self, x_TD: Tensor, policy: RoutingPolicy, context: RouteContext, source_rank_T: Tensor, state: State
     ) -> tuple[Tensor, Assignment, State]:
-        """The path of a deployment: what `policy` keeps of x_TD [T, D] is computed, and nothing else.
+        """The path of a deployment: what `policy` keeps of x_TD [T, D] and shared experts are computed, nothing else.
 
-        Returns the output [T, D] (zero for a token all of whose pairs were dropped), the assignment, and the
-        policy's next state.
+        `context.renormalise` rules, not the layer's own. Returns the output [T, D] (what shared and null experts give,
+        for a token all of whose pairs were dropped), the assignment, and the policy's next state.
         """
-        candidates = Candidates.from_logits(self.gate(x_TD), source_rank_T)
-        assignment, state = policy.route(candidates, context, state)
+        assignment, state = policy.route(self.candidates(self.gate(x_TD), source_rank_T), context, state)
         expert_N, order_N = torch.sort(assignment.ids_TK[assignment.kept_TK], stable=True)
         token_N = assignment.kept_TK.nonzero()[:, 0][order_N]
         weight_N = assignment.weights_TK[assignment.kept_TK][order_N]
         counts_E = torch.bincount(expert_N, minlength=self.experts).tolist()
         out_ND = expert_mlp(x_TD[token_N], counts_E, self.w_gate_EFD, self.w_up_EFD, self.w_down_EDF)
         out_TD = torch.zeros_like(x_TD).index_add_(0, token_N, out_ND * weight_N[:, None])
+        if self.shared is not None:
+            out_TD += self.shared(x_TD)
+        if self.null is not None:
+            out_TD += self.null(x_TD, assignment.null_weights_TN)
         return out_TD, assignment, state
+
+    def _scores(self, logits_TX: Tensor) -> tuple[Tensor, Tensor]:
+        """The score of each expert, and its share of the token's scores: both [T, E + N]."""
+        if self.gate_kind == "softmax":
+            probs_TX = torch.softmax(logits_TX, dim=-1)
+            return probs_TX, probs_TX
+        scores_TX = torch.sigmoid(logits_TX)
+        return scores_TX, scores_TX / scores_TX.sum(dim=-1, keepdim=True)
+
+    def _weights(self, best_TK: Tensor, ids_TK: Tensor) -> Tensor:
+        """The factor on the output of each chosen expert [T, K], 0 for null ones."""
+        if self.null is None and self.renormalise:
+            return best_TK / best_TK.sum(dim=-1, keepdim=True)
+        real_TK = best_TK * (ids_TK < self.experts)
+        if not self.renormalise:
+            return real_TK
+        total_T1 = real_TK.sum(dim=-1, keepdim=True)
+        return real_TK / torch.where(total_T1 > 0, total_T1, 1.0)

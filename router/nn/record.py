@@ -5,7 +5,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from router.backends import topk
 from router.nn.store import ReferenceModel
 from router.nn.threads import one_thread
 from traces.capture import RouterCapture
@@ -17,10 +16,11 @@ _STEP_SEQUENCES = 16
 
 
 def record(reference: ReferenceModel, *, tokens: int, seed: int) -> RoutingTrace:
-    """Route `tokens` bytes of held-out text at the model's own policy and record all E candidates of each.
+    """Route `tokens` bytes of held-out text at the model's own policy and record all candidates of each.
 
-    Each sequence of the context's length is one request; requests take the domains in turn. Errors: `InputError`
-    where `tokens` is not a multiple of the context, or more than the held-out text gives.
+    These are the E experts and the null ones. Each sequence of the context's length is one request; requests take the
+    domains in turn. Errors: `InputError` where `tokens` is not a multiple of the context, or more than the held-out
+    text gives.
     """
     context = reference.model.config.context
     if tokens < 1 or tokens % context:
@@ -30,12 +30,13 @@ def record(reference: ReferenceModel, *, tokens: int, seed: int) -> RoutingTrace
     text_NS, domain_N = reference.corpus.sequences(sequences, context, seed, use="record")
     with RouterCapture([layer.gate for layer in reference.model.moe_layers]) as capture:
         _run(reference, text_NS)
-    logits_LTE = torch.from_numpy(capture.logits_LTE())
-    gates_TLC, ids_LTC = np.empty((tokens, *logits_LTE.shape[::2]), dtype=np.float16), []
-    for layer, logits_TE in enumerate(logits_LTE):
-        probs_TC, ids_TC = topk(torch.softmax(logits_TE, dim=-1), reference.spec.experts)
-        gates_TLC[:, layer] = probs_TC.numpy()
-        ids_LTC.append(ids_TC.numpy())
+    logits_LTX = torch.from_numpy(capture.logits_LTE())
+    gates_TLC, ids_LTC = np.empty((tokens, *logits_LTX.shape[::2]), dtype=np.float16), []
+    source_rank_T = torch.zeros(tokens, dtype=torch.int64)
+    for layer, (moe, logits_TX) in enumerate(zip(reference.model.moe_layers, logits_LTX, strict=True)):
+        candidates = moe.candidates(logits_TX, source_rank_T)
+        gates_TLC[:, layer] = candidates.probs_TC.numpy()
+        ids_LTC.append(candidates.ids_TC.numpy())
     return RoutingTrace(
         model=reference.spec,
         expert_ids_TLC=np.stack(ids_LTC, axis=1).astype(np.uint16),
@@ -45,7 +46,7 @@ def record(reference: ReferenceModel, *, tokens: int, seed: int) -> RoutingTrace
         phase_T=np.full(tokens, PREFILL, dtype=np.uint8),
         domain_T=np.repeat(domain_N, context),
         domains=reference.corpus.domains,
-        score_kind="softmax",
+        score_kind=reference.spec.gate,
         source=f"reference model {reference.key} on {tokens} bytes of held-out text",
         text={"corpus": reference.corpus.digest, "model": reference.key, "sequences": sequences, "seed": seed},
     )

@@ -183,6 +183,22 @@ def test_drops_by_hand() -> None:
     assert report.token_imbalance == 4 / 3  # rows 4 (e0 e1 | e0 e1) and 2
 
 
+def test_null_experts_by_hand() -> None:
+    # Experts 4 and 5 do no work: what is left is e1 | e0 e2 | e0 and nothing. Rows: 3 and 1, of which token 1's for
+    # expert 2 and token 2's for expert 0 travel.
+    model = replace(TINY, null_experts=2)
+    report = report_of(trace=trace_of([[4, 1], [0, 2], [0, 5], [5, 4]], model=model))
+    assert (report.gate_mass, report.dropped_share, report.rerouted_share, report.experts_per_token) == (1, 0, 0, 1)
+    assert report.token_imbalance == 3 / 2
+    assert report.bytes_by_tier == {"scale_up": 2 * 2 * 16, "scale_out": 0}
+    assert report.expert_flops_per_token == 2 * 384
+    # Nobody needs a real expert: nothing is computed, nothing travels, nothing is lost.
+    report = report_of(trace=trace_of([[4, 5], [4, 5], [5, 4], [5, 4]], model=model))
+    assert (report.gate_mass, report.dropped_share, report.experts_per_token) == (1, 0, 0)
+    assert report.network_bytes_per_step == 0
+    assert report.stage_s["experts"] == 0
+
+
 def test_traffic_by_hand() -> None:
     # Away from home: token 1 to expert 2; token 2 to 0; token 3 to 1 and 0: 4 rows of 16 bytes, there and back.
     report = report_of()

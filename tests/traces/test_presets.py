@@ -9,6 +9,7 @@ from traces.presets import PRESETS
         ("gpt-oss-20b", 20.9e9),
         ("gpt-oss-120b", 116.8e9),
         ("mixtral-8x7b", 46.7e9),
+        ("dbrx", 131.6e9),
         ("qwen3-30b-a3b", 30.5e9),
         ("qwen3-235b-a22b", 235e9),
         ("deepseek-v3", 671e9),

@@ -18,7 +18,7 @@ from tuner.scenario import Config, Scenario, parse_scenario
 from tuner.study import tune
 
 # 4 k by 3 placements: 12 configs, the baseline among them.
-TWELVE = {"policies": ["top_k"], "k": [1, 4], "capacity_factor": None}
+TWELVE = {"policies": ["top_k"], "adjustments": ["none"], "capacities": ["none"], "ranges": {"top_k.k": [1, 4]}}
 
 
 def scenario_document(**changes: Any) -> dict[str, Any]:
@@ -70,6 +70,7 @@ def fake_report(config: Config) -> Report:
         experts_per_token=1.0,
         gate_mass=digest[1] / 256,
         dropped_share=0.0,
+        rerouted_share=0.0,
         lost_share=0.0,
         bytes_by_tier={},
         expert_flops_per_token=0.0,

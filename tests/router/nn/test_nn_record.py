@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from router.candidates import Candidates
+from router.context import RouteContext
 from router.nn.record import layer_inputs, record
-from router.nn.store import ReferenceModel
+from router.nn.store import ReferenceModel, reference_model
 from traces.capture import RouterCapture
 from traces.errors import InputError
 from traces.trace import PREFILL, RoutingTrace
@@ -44,6 +45,26 @@ def test_layer_inputs_and_gate_give_back_the_recorded_ids(reference: ReferenceMo
         logits_TE = torch.cat([moe.gate(part) for part in torch.split(inputs_LTD[layer], 16 * 32)])
         candidates = Candidates.from_logits(logits_TE, torch.zeros(trace.tokens, dtype=torch.int64))
         assert np.array_equal(candidates.ids_TC.numpy(), trace.expert_ids_TLC[:, layer])
+
+
+@torch.no_grad()
+def test_a_model_with_other_gates_and_null_experts_is_recorded_as_it_routes(reference: ReferenceModel) -> None:
+    config = replace(reference.model.config, gate="sigmoid", top_k=3, null_experts=2, null_kind="copy")
+    other = reference_model(config=config, recipe=reference.recipe)
+    trace = record(other, tokens=4 * config.context, seed=5)
+    assert (trace.candidates, trace.score_kind, trace.model.null_experts) == (10, "sigmoid", 2)
+    assert trace.gates_TLC is not None
+    assert not np.allclose(trace.gates_TLC.astype(np.float32).sum(axis=-1), 1, atol=0.1)
+    inputs_LTD = layer_inputs(other, trace)
+    used_LE = np.zeros((config.layers, config.experts), dtype=np.int64)
+    for layer, moe in enumerate(other.model.moe_layers):
+        candidates = moe.candidates(moe.gate(inputs_LTD[layer]), torch.zeros(trace.tokens, dtype=torch.int64))
+        assert np.array_equal(candidates.ids_TC.numpy(), trace.expert_ids_TLC[:, layer])
+        context = RouteContext(layer=layer, ranks=1, renormalise=config.renormalise)
+        assignment, _ = config.policy.route(candidates, context, {})
+        used_LE[layer] = torch.bincount(assignment.ids_TK[assignment.kept_TK], minlength=config.experts).numpy()
+    assert np.array_equal(trace.loads_LE(), used_LE)
+    assert used_LE.sum() < 3 * trace.tokens * config.layers  # some choices were null experts
 
 
 def test_layer_inputs_of_a_part_are_a_part_of_the_layer_inputs(reference: ReferenceModel, trace: RoutingTrace) -> None:
