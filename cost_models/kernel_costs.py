@@ -42,6 +42,7 @@ from cost_models.ops import (
     Regroup,
     Route,
     TokenExchange,
+    WeightTransfer,
     busiest_remote_bytes,
 )
 from cost_models.roofline import Roofline
@@ -182,7 +183,15 @@ class KernelCosts:
                 down = Gemm(rows_X=rows_X, columns_X=hidden, inner_X=mlp_hidden, dtype=dtype)
                 return self.predict(up).then(self.predict(down))
             case (
-                Route() | Permute() | Regroup() | Combine() | MemoryCopy() | HostToDevice() | Launch() | CountExchange()
+                Route()
+                | Permute()
+                | Regroup()
+                | Combine()
+                | MemoryCopy()
+                | HostToDevice()
+                | Launch()
+                | CountExchange()
+                | WeightTransfer()
             ):
                 return self._by_reach(operation)
             case Mla(part="block") if not self._serving(operation):

@@ -123,6 +123,11 @@ class CountExchange(AllToAll):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class WeightTransfer(AllToAll):
+    """Send weights of experts from rank to rank, as copies from memory to memory, over nodes too."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TokenExchange:
     """Dispatch of tokens to the ranks of their experts, or the combine on their way back. One time for all ranks.
 
@@ -256,6 +261,7 @@ Operation = (
     | MemoryCopy
     | AllToAll
     | CountExchange
+    | WeightTransfer
     | TokenExchange
     | Collective
     | Gemm

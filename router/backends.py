@@ -63,6 +63,85 @@ def first_columns(used_TC: Array, k: int) -> tuple[Array, Array]:
     return xp.where(found_TK, columns_TK, xp.zeros_like(columns_TK)), found_TK
 
 
+def first_true(used_TC: Array, k: int) -> Array:
+    """The mask with only the first `k` true entries of each row: bool [T, C].
+
+    >>> first_true(np.array([[False, True, True, True]]), 2).tolist()
+    [[False, True, True, False]]
+    """
+    xp = namespace(used_TC)
+    if is_numpy_array(used_TC):
+        first_TC = np.zeros_like(used_TC)
+        _first_true(used_TC, k, first_TC)
+        return first_TC
+    return used_TC & (xp.cumulative_sum(xp.astype(used_TC, xp.int64), axis=1) <= k)
+
+
+def marked(columns_TK: Array, count: int) -> Array:
+    """A mask of `count` columns, true at those that each row lists: bool [T, count].
+
+    >>> marked(np.array([[2, 0]]), 4).tolist()
+    [[True, False, True, False]]
+    """
+    xp = namespace(columns_TK)
+    used_TC = xp.zeros((columns_TK.shape[0], count), dtype=xp.bool, device=columns_TK.device)
+    used_TC[xp.arange(columns_TK.shape[0], device=columns_TK.device)[:, None], columns_TK] = True
+    return used_TC
+
+
+def best_of_row(values_TC: Array, limits_T: Array) -> Array:
+    """The largest `limits_T` values of each row, ties to the earlier column: bool [T, C].
+
+    >>> best_of_row(np.array([[0.1, 0.4, 0.4], [0.3, 0.2, 0.1]]), np.array([1, 2])).tolist()
+    [[False, True, False], [True, True, False]]
+    """
+    xp = namespace(values_TC)
+    best_TC = xp.zeros(values_TC.shape, dtype=xp.bool, device=values_TC.device)
+    if not values_TC.shape[0]:
+        return best_TC
+    _, columns_TK = topk(values_TC, int(xp.max(limits_T)))
+    place_K = xp.arange(columns_TK.shape[1], device=values_TC.device)
+    rows_T1 = xp.arange(values_TC.shape[0], device=values_TC.device)[:, None]
+    best_TC[rows_T1, columns_TK] = place_K < limits_T[:, None]
+    return best_TC
+
+
+def nth_largest(values_TC: Array, ids_TC: Array, experts: int, n: int) -> Array:
+    """The n-th largest value of each expert over T tokens, of which each names all E in `ids_TC`: [E], 1 <= n <= T.
+
+    >>> nth_largest(np.array([[0.5, 0.3], [0.6, 0.4]]), np.array([[1, 0], [0, 1]]), 2, 1).tolist()
+    [0.6, 0.5]
+    """
+    xp = namespace(values_TC)
+    tokens = values_TC.shape[0]
+    values_ET = xp.empty((experts, tokens), dtype=values_TC.dtype, device=values_TC.device)
+    if is_numpy_array(values_TC):
+        _by_expert(values_TC, ids_TC, values_ET)
+        values_ET.partition(tokens - n, axis=1)
+        return values_ET[:, tokens - n]
+    values_ET[ids_TC, xp.arange(tokens, device=values_TC.device)[:, None]] = values_TC
+    return xp.sort(values_ET, axis=1)[:, tokens - n]
+
+
+def best_in_groups(scores_TC: Array, group_TC: Array, groups: int, count: int) -> Array:
+    """The sum of the first `count` scores of each group in each row, added in order: float64 [T, groups].
+
+    >>> best_in_groups(np.array([[4.0, 2.0, 1.0, 0.5]]), np.array([[1, 1, 0, 1]]), 2, 2).tolist()
+    [[1.0, 6.0]]
+    """
+    xp = namespace(scores_TC)
+    tokens = scores_TC.shape[0]
+    if is_numpy_array(scores_TC):
+        total_TX = np.zeros((tokens, groups))
+        _best_in_groups(scores_TC, group_TC, np.zeros(total_TX.shape, dtype=np.int64), count, total_TX)
+        return total_TX
+    key_N = xp.reshape(xp.arange(tokens, device=scores_TC.device)[:, None] * groups + group_TC, (-1,))
+    first_N = rank_within_group(key_N, tokens * groups) < count
+    scores_N = xp.reshape(scores_TC, (-1,))
+    total_N = segment_sum(xp.where(first_N, scores_N, xp.zeros_like(scores_N)), key_N, tokens * groups)
+    return xp.reshape(total_N, (tokens, groups))
+
+
 def segment_sum(values_N: Array, keys_N: Array, groups: int) -> Array:
     """The sum of the values of each group 0..groups-1: [groups] float64, added in order.
 
@@ -145,3 +224,128 @@ def _first_columns(used_TC: Array, columns_TK: Array, found_TK: Array) -> None:
             if used_TC[token, column]:
                 columns_TK[token, found], found_TK[token, found] = column, True
                 found += 1
+
+
+def first_fitting(keys_N: Array, places_X: Array, order_N: Array | None = None) -> Array:
+    """Which items are among the first `places_X[group]` of their group: bool [N].
+
+    `keys_N` is the group of each item; `order_N` lists the items in the order they queue (as they stand, if None).
+
+    >>> first_fitting(np.array([1, 1, 0, 1]), np.array([0, 2])).tolist()
+    [True, True, False, False]
+    """
+    if is_numpy_array(keys_N):
+        fits_N = np.empty(keys_N.shape[0], dtype=np.bool_)
+        if order_N is None:
+            _first_fitting(keys_N, places_X, fits_N)
+        else:
+            _first_fitting_in(keys_N, places_X, order_N, fits_N)
+        return fits_N
+    return rank_within_group(keys_N, places_X.shape[0], order_N) < places_X[keys_N]
+
+
+def largest_fitting(keys_N: Array, places_X: Array, values_N: Array) -> Array:
+    """Which items have one of the `places_X[group]` largest values of their group, ties to the earlier: bool [N].
+
+    >>> largest_fitting(np.array([0, 0, 0, 0]), np.array([2]), np.array([0.1, 0.3, 0.1, 0.0])).tolist()
+    [True, True, False, False]
+    """
+    if is_numpy_array(keys_N):
+        fits_N = np.empty(keys_N.shape[0], dtype=np.bool_)
+        mark_largest(keys_N, places_X, values_N, fits_N)
+        return fits_N
+    order_N = namespace(values_N).argsort(values_N, descending=True, stable=True)
+    return first_fitting(keys_N, places_X, order_N)
+
+
+@numba.njit(cache=True)
+def _first_fitting(keys_N: Array, places_X: Array, fits_N: Array) -> None:
+    left_X = places_X.copy()
+    for item in range(keys_N.shape[0]):
+        left = left_X[np.uintp(keys_N[item])]
+        fits_N[item] = left > 0
+        left_X[np.uintp(keys_N[item])] = left - 1
+
+
+@numba.njit(cache=True)
+def _first_fitting_in(keys_N: Array, places_X: Array, order_N: Array, fits_N: Array) -> None:
+    left_X = places_X.copy()
+    for item in order_N:
+        left = left_X[np.uintp(keys_N[item])]
+        fits_N[item] = left > 0
+        left_X[np.uintp(keys_N[item])] = left - 1
+
+
+@numba.njit(cache=True)
+def mark_largest(keys_N: Array, places_X: Array, values_N: Array, fits_N: Array) -> None:
+    """`largest_fitting` for compiled loops over numpy arrays, written to `fits_N`.
+
+    Only overfull groups are looked into: the last value that fits is selected, then items pass it or not.
+    """
+    groups = places_X.shape[0]
+    count_X = np.zeros(groups, dtype=np.int64)
+    for item in range(keys_N.shape[0]):
+        count_X[np.uintp(keys_N[item])] += 1
+    start_X = np.empty(groups, dtype=np.int64)
+    gathered = 0
+    for group in range(groups):
+        overfull = count_X[group] > places_X[group]
+        start_X[group] = gathered if overfull else -1
+        gathered += count_X[group] if overfull else 0
+    value_M = np.empty(gathered, dtype=values_N.dtype)
+    next_X = start_X.copy()
+    for item in range(keys_N.shape[0]):
+        key: Any = np.uintp(keys_N[item])
+        fits_N[item] = start_X[key] < 0
+        if start_X[key] >= 0:
+            value_M[next_X[key]] = values_N[item]
+            next_X[key] += 1
+    last_X = np.empty(groups, dtype=values_N.dtype)
+    ties_X = np.zeros(groups, dtype=np.int64)
+    for group in range(groups):
+        if start_X[group] < 0 or places_X[group] <= 0:
+            continue
+        mine_M = value_M[start_X[group] : next_X[group]]
+        last = np.partition(mine_M, mine_M.shape[0] - places_X[group])[mine_M.shape[0] - places_X[group]]
+        larger = 0
+        for value in mine_M:
+            larger += value > last
+        last_X[group], ties_X[group] = last, places_X[group] - larger
+    for item in range(keys_N.shape[0]):
+        key = np.uintp(keys_N[item])
+        if fits_N[item] or places_X[key] <= 0:
+            continue
+        if values_N[item] > last_X[key]:
+            fits_N[item] = True
+        elif values_N[item] == last_X[key] and ties_X[key] > 0:
+            fits_N[item] = True
+            ties_X[key] -= 1
+
+
+@numba.njit(cache=True)
+def _first_true(used_TC: Array, k: int, first_TC: Array) -> None:
+    for token in range(used_TC.shape[0]):
+        found = 0
+        for column in range(used_TC.shape[1]):
+            if found == k:
+                break
+            if used_TC[token, column]:
+                first_TC[token, column] = True
+                found += 1
+
+
+@numba.njit(cache=True)
+def _by_expert(values_TC: Array, ids_TC: Array, values_ET: Array) -> None:
+    for token in range(values_TC.shape[0]):
+        for column in range(values_TC.shape[1]):
+            values_ET[ids_TC[token, column], token] = values_TC[token, column]
+
+
+@numba.njit(cache=True)
+def _best_in_groups(scores_TC: Array, group_TC: Array, seen_TX: Array, count: int, total_TX: Array) -> None:
+    for token in range(scores_TC.shape[0]):
+        for column in range(scores_TC.shape[1]):
+            group = group_TC[token, column]
+            if seen_TX[token, group] < count:
+                seen_TX[token, group] += 1
+                total_TX[token, group] += scores_TC[token, column]

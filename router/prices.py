@@ -14,10 +14,10 @@ class RoutePrices:
     """Marginal costs in seconds, at the load that a step of even routing has, and where experts are.
 
     `share_LEG`: the share of an expert's rows that each rank computes, summing to one over ranks (replicas share
-    evenly). `row_s`: one more row on a rank whose experts are all active; `active_s`: one more active expert on a rank,
-    which is the read of its weights; `hop_s_GG`: one row on the links from source to destination rank and back,
-    0 for the own rank; `load_s_LE`: bringing an expert's weights into its rank's memory, 0 for those that lie there.
-    `node_of_G`: the node of each rank.
+    evenly), or over the groups of ranks that divide an expert's width. `row_s`: one more row on a rank whose experts
+    are all active; `active_s`: one more active expert on a rank, which is the read of its weights; `hop_s_GG`: one row
+    on the links from source to destination rank and back, 0 for the own rank; `load_s_LE`: bringing an expert's weights
+    into its rank's memory, 0 for those that lie there. `node_of_G`: the node of each rank.
     """
 
     share_LEG: NDArray[np.float32]

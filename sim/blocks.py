@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from cost_models.devices import Device
 from cost_models.kernels.token_traffic import Direction
-from cost_models.ops import Combine, CostModel, CountExchange, Experts, Gate, Permute, Regroup
+from cost_models.ops import Combine, CostModel, CountExchange, Experts, Gate, Permute, Regroup, WeightTransfer
 from sim.execution import Execution, Overlap
 from sim.lower import MODES, Work
 from sim.stages import Block, Blocks, Pricing, Stage, once
@@ -94,14 +94,18 @@ def _moe_stages(
         tokens = replace(tokens, sms_X=np.array(sms.taken))
         return pricing.communicate(name, tokens, exchange=tokens, sms_share=sms.share, pace=sms.pace)
 
-    stages = [
-        *pricing.compute("gate", Gate(tokens_X=tokens_1G, hidden=model.hidden, experts=model.experts)),
+    first = [
+        *pricing.compute("gate", Gate(tokens_X=tokens_1G, hidden=model.hidden, experts=model.all_experts)),
         *pricing.compute("route", route),
-        *pricing.compute(
-            "permute", Permute(pairs_X=own_1G * route.width, rows_X=work.sent_LG, row_bytes=model.row_bytes)
-        ),
-        *pricing.communicate("counts", CountExchange(bytes_XGG=np.full((1, ranks, ranks), float(work.count_bytes)))),
     ]
+    permute = pricing.compute(
+        "permute", Permute(pairs_X=own_1G * route.width, rows_X=work.packed_LG, row_bytes=model.row_bytes)
+    )
+    counts = pricing.communicate("counts", CountExchange(bytes_XGG=np.full((1, ranks, ranks), float(work.count_bytes))))
+    if work.experts_moved_LGG is None:
+        stages = [*first, *permute, *counts]
+    else:  # where rows go is known only when all counts are
+        stages = [*first, *counts, *_spill_weights(pricing, work, work.experts_moved_LGG), *permute]
     shared = (
         pricing.compute("shared", dense_mlp(model, tokens_1G, model.shared_experts * model.shared_hidden))
         if model.shared_experts
@@ -135,6 +139,14 @@ def _moe_stages(
     ]
 
 
+def _spill_weights(pricing: Pricing, work: Work, experts_LGG: NDArray[np.int64]) -> list[Stage]:
+    """The weights of experts that rows are moved with; layers without any do not exchange them."""
+    bytes_XGG = experts_LGG * (work.model.expert_bytes / work.layout.expert_tensor)
+    moves_L1 = experts_LGG.sum(axis=(1, 2)).reshape(-1, 1) > 0
+    transfer = WeightTransfer(bytes_XGG=bytes_XGG)
+    return [_share(stage, moves_L1) for stage in pricing.communicate("spill weights", transfer)]
+
+
 def _beside(
     shared: Sequence[Stage], experts: Sequence[Stage], overlap: Overlap, matrices: int
 ) -> tuple[list[Stage], list[Stage], list[Stage]]:
@@ -146,8 +158,8 @@ def _beside(
     return [], up, [replace(stage, under_next=True) for stage in (*down, *shared)]
 
 
-def _share(stage: Stage, share: float) -> Stage:
-    """A part of a stage's time."""
+def _share(stage: Stage, share: float | NDArray[np.bool_]) -> Stage:
+    """A part of a stage's time, the same in all layers or by layer [L, 1]."""
 
     def part(value_LG: NDArray[np.float64] | None) -> NDArray[np.float64] | None:
         return None if value_LG is None else value_LG * share

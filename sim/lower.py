@@ -4,6 +4,9 @@ One compiled kernel a layer goes through the kept pairs, token by token, and cou
 node. How many bytes that makes follows from the wire protocol: `per_expert`
 sends a token once for each expert that computes it, `per_rank` once for each rank that does, `per_node` once to each
 node with such a rank, where the rank of the source's own number passes it on.
+
+A capacity that pads adds rows of no token: experts compute them all, and `per_expert` sends them too, for there each
+source's places lie fixed in the buffers; the other two send tokens. A spill moves rows, and weights, to guest places.
 """
 
 from collections.abc import Iterable
@@ -22,7 +25,9 @@ from router.assignment import Assignment
 from router.placement.base import Placement
 from router.policies import RoutingPolicy
 from router.replicas import ReplicaChoice, choose_slots
+from router.spill import Spill, SpillPlan, rows_by_source
 from sim.layout import Layout
+from sim.padding import Padder, Padding, by_rank
 from traces.context import Context
 from traces.errors import InputError
 from traces.model import ModelSpec
@@ -39,11 +44,14 @@ class Work:
     """What one microbatch makes the ranks do in each of L layers.
 
     `protocol`: how rows travel; `dispatch_dtype`: as what they go out. `tokens_G` tokens that each rank holds, of
-    requests as in `context` (None: not known). `rows_LS` rows that each slot computes; by source and computing rank
-    `pairs_LGG` kept pairs and `copies_LGG` tokens with any, counted for each rank of those that share an expert;
-    `node_copies_LGN` tokens by source rank and node. `route` the policy's own work; `count_bytes` for each rank pair,
-    ahead of the rows. `row_of_layer`: which row of these arrays each of the model's MoE layers takes: where layers are
-    sampled, several take one.
+    requests as in `context` (None: not known). `rows_LS` rows that each slot computes, padding too; by source and
+    computing rank `pairs_LGG` kept pairs and `copies_LGG` tokens with any, counted for each rank of those that share an
+    expert; `node_copies_LGN` tokens by source rank and node. `route` the policy's own work; `count_bytes` for each rank
+    pair, ahead of the rows. `row_of_layer`: which row of these arrays each of the model's MoE layers takes: where
+    layers are sampled, several take one. `padding`: the rows of no token among them; None: none.
+
+    `experts_moved_LGG`: experts, or shares of their widths, whose weights go from rank to rank before the rows do;
+    None where the policy does not spill. Where it does, S counts each rank's slots and then its guest places.
     """
 
     model: ModelSpec
@@ -59,6 +67,8 @@ class Work:
     route: Route
     count_bytes: int
     row_of_layer: NDArray[np.int64]
+    padding: Padding | None = None
+    experts_moved_LGG: NDArray[np.int64] | None = None
 
     @property
     def ranks(self) -> int:
@@ -79,8 +89,9 @@ class Work:
     @cached_property
     def traffic(self) -> Traffic:
         """The rows of the exchange of every layer, as the protocol sends them."""
+        by_expert_LGG = self.pairs_LGG if self.padding is None else self.pairs_LGG + self.padding.rows_LGG
         return Traffic(
-            rows_XGG=self.pairs_LGG if self.protocol == "per_expert" else self.copies_LGG,
+            rows_XGG=by_expert_LGG if self.protocol == "per_expert" else self.copies_LGG,
             node_rows_XGN=self.node_copies_LGN if self.protocol == "per_node" else None,
             node_of_G=self.layout.node_of_G,
         )
@@ -91,8 +102,21 @@ class Work:
         return np.asarray(self.pairs_LGG.sum(axis=2))
 
     @cached_property
+    def packed_LG(self) -> NDArray[np.integer]:
+        """Rows that each rank puts into the order of slots: its kept pairs and its padding."""
+        return self.sent_LG if self.padding is None else self.sent_LG + self.padding.rows_LGG.sum(axis=2)
+
+    @property
+    def padding_share(self) -> float:
+        """Of the rows that slots compute in all of the model's MoE layers, those of no token."""
+        if self.padding is None:
+            return 0.0
+        rows = int(self.rows_LS[self.row_of_layer].sum())
+        return int(self.padding.rows_LS[self.row_of_layer].sum()) / rows if rows else 0.0
+
+    @cached_property
     def received_LG(self) -> NDArray[np.integer]:
-        """Kept pairs that each rank computes."""
+        """Rows that each rank computes."""
         return np.asarray(self.rows_LGS.sum(axis=2))
 
     @cached_property
@@ -143,8 +167,8 @@ def lower(
 
     They may come one by one, so that a large step need not lie in memory at once. `layout` None: ranks of one node,
     nothing shared. Tokens are dispatched in `dispatch_dtype`, with its scales, and come back as activations; None: both
-    ways as those. `row_of_layer` None: each layer stands for itself. Errors: `InputError` where placement and layout do
-    not fit.
+    ways as those. `row_of_layer` None: each layer stands for itself. What the policy's capacity says of padding and of
+    spilling is followed. Errors: `InputError` where placement and layout do not fit.
     """
     layout = layout or Layout.one_node(placement.ranks)
     if placement.ranks != layout.expert_groups:
@@ -161,17 +185,28 @@ def lower(
     if last_rank >= layout.ranks:
         raise InputError(f"tokens of rank {last_rank}, but the layout has {layout.ranks} ranks; use one with as many")
     groups, tensor, layers = layout.expert_groups, layout.expert_tensor, placement.layers
-    rows_LS = np.zeros((layers, placement.slots), dtype=np.int64)
+    spill = policy.capacity if isinstance(policy.capacity, Spill) else None
+    places_per_rank = placement.slots_per_rank + (spill.guests if spill else 0)
+    rows_LS = np.zeros((layers, groups * places_per_rank), dtype=np.int64)
     pairs_LGX = np.zeros((layers, layout.ranks, groups), dtype=np.int32)
     copies_LGX = np.zeros_like(pairs_LGX)
     node_copies_LGN = np.zeros((layers, layout.ranks, layout.nodes), dtype=np.int32)
-    group_of_slot = np.arange(placement.slots) // placement.slots_per_rank
+    group_of_slot = np.arange(groups * places_per_rank) // places_per_rank
+    padder = None
+    if policy.capacity is not None and policy.capacity.pad:
+        padder = Padder.of(policy.capacity, placement, layout, source_rank_T, replica_choice)
+    plans: list[SpillPlan] = []
     layer = -1
     for layer, assignment in enumerate(assignments):
         if layer == layers:
             raise InputError(f"more layers of assignments than the placement's {layers}; place for these layers")
+        slot_TK = choose_slots(assignment, placement, layer, source_rank_T // tensor, replica_choice)
+        if spill:
+            rows_GS = rows_by_source(slot_TK, source_rank_T, (layout.ranks, placement.slots))
+            plans.append(spill.plan(rows_GS, groups))
+            slot_TK = plans[-1].place_of(slot_TK, source_rank_T)
         _count(
-            choose_slots(assignment, placement, layer, source_rank_T // tensor, replica_choice),
+            slot_TK,
             source_rank_T,
             group_of_slot,
             layout.node_of_G[::tensor],
@@ -180,6 +215,8 @@ def lower(
             copies_LGX[layer],
             node_copies_LGN[layer],
         )
+        if padder:
+            padder.pad(layer, assignment, slot_TK, rows_LS[layer])
     if layer + 1 != layers:
         raise InputError(f"{layer + 1} layers of assignments, but the placement has {layers}; place for these layers")
     tokens_G = np.bincount(source_rank_T, minlength=layout.ranks)
@@ -191,12 +228,17 @@ def lower(
         tokens_G=tokens_G,
         context=context,
         rows_LS=rows_LS,
-        pairs_LGG=pairs_LGX if tensor == 1 else np.repeat(pairs_LGX, tensor, axis=2),
-        copies_LGG=copies_LGX if tensor == 1 else np.repeat(copies_LGX, tensor, axis=2),
+        pairs_LGG=by_rank(pairs_LGX, tensor),
+        copies_LGG=by_rank(copies_LGX, tensor),
         node_copies_LGN=node_copies_LGN,
         route=route_operation(policy, placement, tokens_G),
-        count_bytes=_COUNT_BYTES * placement.slots_per_rank,
+        # To plan a spill every rank must know the rows of all slots, not of its own alone.
+        count_bytes=_COUNT_BYTES * (placement.slots if spill else placement.slots_per_rank),
         row_of_layer=np.arange(layers) if row_of_layer is None else row_of_layer,
+        padding=padder.padding if padder else None,
+        experts_moved_LGG=(
+            np.stack([np.kron(plan.experts_XX, np.eye(tensor, dtype=np.int64)) for plan in plans]) if spill else None
+        ),
     )
 
 

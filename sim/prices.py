@@ -3,13 +3,17 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from cost_models.ops import CostModel, Experts, TokenExchange
+from cost_models.ops import CostModel, Experts, Regroup, TokenExchange
 from cost_models.traffic import Traffic
 from router.placement.base import Placement
 from router.prices import RoutePrices
 from sim.layout import Layout
 from sim.lower import MODES, Protocol
 from traces.model import ModelSpec
+
+# Loads at which experts are priced, about an even one: shares of a rank's experts that are active, and of its rows.
+_ACTIVE = np.array([0.5, 0.75, 1.0])
+_ROWS = np.array([0.5, 0.75, 1.0, 1.25, 1.5, 2.0])
 
 
 def prices_of(
@@ -23,11 +27,15 @@ def prices_of(
     tokens_per_rank: int,
     width: int,
 ) -> RoutePrices:
-    """Marginal costs where each of the ranks has `tokens_per_rank` tokens that use `width` experts evenly."""
+    """Marginal costs where each of the ranks has `tokens_per_rank` tokens that use `width` experts evenly.
+
+    Slopes of the cost model's own times about that load: at few rows an expert a step waits for weights and a row is
+    almost free, at many it is the other way round.
+    """
     rows_per_slot = tokens_per_rank * layout.ranks * width / placement.slots
-    row_s, active_s = _expert_prices(model, placement, costs, layout, rows_per_slot, width)
+    row_s, active_s = _expert_prices(model, placement, costs, layout, protocol, rows_per_slot, width)
     return RoutePrices(
-        share_LEG=placement.share_LEG,
+        share_LEG=np.repeat(placement.share_LEG, layout.expert_tensor, axis=2),
         row_s=row_s,
         active_s=active_s,
         hop_s_GG=_hop_prices(model, costs, layout, protocol, dispatch_dtype, max(tokens_per_rank, 1), width),
@@ -37,17 +45,30 @@ def prices_of(
 
 
 def _expert_prices(
-    model: ModelSpec, placement: Placement, costs: CostModel, layout: Layout, rows_per_slot: float, width: int
+    model: ModelSpec,
+    placement: Placement,
+    costs: CostModel,
+    layout: Layout,
+    protocol: Protocol,
+    rows_per_slot: float,
+    width: int,
 ) -> tuple[float, float]:
-    """Seconds of one more row, and of one more active expert for the same rows."""
+    """Seconds of one more row, regrouped on its way in and out, and of one more active expert for the same rows.
+
+    Kernels' times go in steps of tiles, and the difference of two of them may have either sign. So a plane is laid
+    through ranks of half to twice the rows on half of the experts to all of them, as near as least squares get.
+    """
     slots = placement.slots_per_rank
-    rows = max(round(rows_per_slot), 1)
-    more = max(rows // 4, 1)
-    half = max(slots // 2, 1)
-    even_S = np.full(slots, rows)
-    few_S = np.zeros(slots, dtype=np.int64)
-    few_S[:half] = np.diff(np.linspace(0, rows * slots, half + 1).astype(np.int64))
-    rows_XS = np.stack([even_S, even_S + more, few_S])
+    even = max(rows_per_slot * slots, 1.0)
+    active_X, rows_X = (
+        axis.ravel() for axis in np.meshgrid(np.unique(np.ceil(slots * _ACTIVE)), np.unique(np.ceil(even * _ROWS)))
+    )
+    rows_XS = np.array(
+        [
+            np.append(np.diff(np.linspace(0, rows, int(active) + 1).round()), np.zeros(slots - int(active)))
+            for active, rows in zip(active_X, rows_X, strict=True)
+        ]
+    ).astype(np.int64)
     time_X = costs.seconds(
         Experts(
             rows_XS=rows_XS,
@@ -58,12 +79,31 @@ def _expert_prices(
             row_bytes=model.row_bytes,
             routed_tokens_X=rows_XS.sum(axis=1),
             top_k=width,
+            mode=MODES[protocol],
             dtype=model.dtype,
         )
     )
-    row_s = max(float(time_X[1] - time_X[0]) / (more * slots), 0.0)
-    active_s = max(float(time_X[0] - time_X[2]) / (slots - half), 0.0) if slots > half else 0.0
-    return row_s, active_s
+    if Regroup not in costs.included:
+        time_X = time_X + 2 * costs.seconds(
+            Regroup(rows_X=rows_XS.sum(axis=1), segments=slots * layout.ranks, row_bytes=model.row_bytes)
+        )
+    return _slopes(time_X, rows_X, (rows_XS > 0).sum(axis=1).astype(np.float64))
+
+
+def _slopes(
+    time_X: NDArray[np.float64], rows_X: NDArray[np.float64], active_X: NDArray[np.float64]
+) -> tuple[float, float]:
+    """By how much time rises with rows and with active experts; neither falls."""
+    kept = [name for name, value_X in (("row", rows_X), ("active", active_X)) if np.ptp(value_X) > 0]
+    values = {"row": rows_X, "active": active_X}
+    while kept:
+        columns = [np.ones_like(time_X), *(values[name] for name in kept)]
+        slopes = dict(zip(kept, np.linalg.lstsq(np.stack(columns, axis=1), time_X, rcond=None)[0][1:], strict=True))
+        falling = min(slopes, key=lambda name: slopes[name] * float(np.ptp(values[name])))
+        if slopes[falling] >= 0:
+            return float(slopes.get("row", 0.0)), float(slopes.get("active", 0.0))
+        kept.remove(falling)
+    return 0.0, 0.0
 
 
 def _hop_prices(

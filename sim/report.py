@@ -24,6 +24,7 @@ PARTS = {
     "route": "gate",
     "permute": "dispatch",
     "counts": "dispatch",
+    "spill weights": "dispatch",
     "dispatch": "dispatch",
     "regroup": "dispatch",
     "shared": "experts",
@@ -50,7 +51,8 @@ class Report:
     `token_imbalance` and `active_imbalance`: the largest rank's rows, and its active experts, over the mean rank's,
     averaged over layers and steps. `critical_rank_by_layer`: of each MoE layer, the rank that comes last to its last
     collective in most steps. `gate_mass`: router score kept, as a share of what the model's own top k has.
-    `dropped_share` and `rerouted_share`: of chosen pairs; `lost_share`: of kept pairs, those whose rank was lost before
+    `dropped_share` and `rerouted_share`: of chosen pairs; `padding_share`: of computed rows, those of no token;
+    `lost_share`: of kept pairs, those whose rank was lost before
     it computed them. `bytes_by_tier`: what crosses links inside nodes and between them, a step.
     """
 
@@ -75,6 +77,7 @@ class Report:
     gate_mass: float
     dropped_share: float
     rerouted_share: float
+    padding_share: float
     lost_share: float
     bytes_by_tier: dict[str, float]
     expert_flops_per_token: float
@@ -151,6 +154,7 @@ def summarize(
         gate_mass=quality.gate_mass,
         dropped_share=quality.dropped_share,
         rerouted_share=quality.rerouted_share,
+        padding_share=float(np.mean([work.padding_share for work in every_work])),
         lost_share=_lost_share(works, timelines),
         bytes_by_tier=_mean_of([_sum_of([work.bytes_by_tier() for work in of_step]) for of_step in works]),
         expert_flops_per_token=flops_per_token,
@@ -235,7 +239,7 @@ def _lost_share(works: Sequence[Sequence[Work]], timelines: Sequence[Timeline]) 
     for of_step, timeline in zip(works, timelines, strict=True):
         program = timeline.program
         never_ran_OG = np.isnan(timeline.end_OG)
-        kept += sum(int(work.rows_LS[work.row_of_layer].sum()) for work in of_step)
+        kept += sum(int(_kept_rows_LS(work)[work.row_of_layer].sum()) for work in of_step)
         lost_groups: dict[tuple[int, int, int], NDArray[np.bool_]] = {}
         for operation in np.flatnonzero(never_ran_OG.any(axis=1)):
             if program.name_O[operation] in ("experts", "experts down"):
@@ -245,8 +249,12 @@ def _lost_share(works: Sequence[Sequence[Work]], timelines: Sequence[Timeline]) 
                 key = (lane, int(program.layer_O[operation]), row)
                 lost_groups[key] = lost_groups.get(key, np.zeros(groups, dtype=bool)) | lost_X
         for (lane, _, row), lost_X in lost_groups.items():
-            lost += int(of_step[lane].rows_LS[row].reshape(lost_X.size, -1)[lost_X].sum())
+            lost += int(_kept_rows_LS(of_step[lane])[row].reshape(lost_X.size, -1)[lost_X].sum())
     return lost / kept if kept else 0.0
+
+
+def _kept_rows_LS(work: Work) -> NDArray[np.int64]:
+    return work.rows_LS if work.padding is None else work.rows_LS - work.padding.rows_LS
 
 
 def _imbalance(loads_LG: Sequence[NDArray[np.int64]]) -> float:

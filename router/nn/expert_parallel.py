@@ -2,24 +2,32 @@
 
 The stages are the simulator's, in its order and under its names, and the policy, the choice of replicas and the
 kernels are the very code that the simulator prices. On CPU ranks talk over gloo, on CUDA over NCCL.
+
+A capacity that pads sends and computes rows of zeros; a spill sends rows and weights where all ranks, from the same
+counts, plan them to go. Neither changes what comes out.
 """
 
 import time
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 
 from cost_models.microbench.all_to_all import all_to_all
 from cost_models.microbench.experts import expert_mlp
 from cost_models.microbench.permute import combine, permute, regroup
 from cost_models.microbench.ranks import RankGroup
+from router.assignment import Assignment
 from router.candidates import Candidates
+from router.capacity import Capacity, Limit
 from router.context import RouteContext, State
 from router.history import RoutingHistory
+from router.padding import places_by_scope, places_by_slot
 from router.placement.base import Placement
 from router.policies import RoutingPolicy
 from router.prices import RoutePrices
 from router.replicas import ReplicaChoice, choose_slots
+from router.spill import Spill, SpillPlan
 from traces.errors import InputError
 
 
@@ -69,10 +77,29 @@ class Stopwatch:
 
 def check_runnable(policy: RoutingPolicy, ranks: int) -> None:
     """Raise `InputError` for a policy that only a simulator, which sees all tokens at once, can follow."""
-    if policy.capacity is not None and policy.capacity.scope == "global" and ranks > 1:
-        raise InputError(
-            "capacity.scope global: a real rank knows only its own tokens; use scope source_rank, or simulate only"
-        )
+    for part in policy.parts:
+        if getattr(part, "scope", "source_rank") == "global" and ranks > 1:
+            field = "capacity" if part.kind == "capacity" else part.name
+            raise InputError(
+                f"{field}.scope global: a real rank knows only its own tokens; use scope source_rank, or simulate only"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Packed:
+    """A rank's rows, ready to be sent, and what it will get.
+
+    `rows_ND` sorted by place, which `pair_N` and, where some are padding, `row_N` tell the pair and the row of;
+    `sent_GS` rows by computing rank and place there, `received_GS` by source rank and own place. `guests`: the experts
+    of other ranks that this one computes in the places behind its slots.
+    """
+
+    rows_ND: torch.Tensor
+    pair_N: torch.Tensor
+    sent_GS: torch.Tensor
+    received_GS: list[list[int]]
+    row_N: torch.Tensor | None = None
+    guests: MoEWeights | None = None
 
 
 class ExpertParallelMoE:
@@ -97,6 +124,7 @@ class ExpertParallelMoE:
         self._group = group
         self._placement = placement
         self._policy = policy
+        self._spill = policy.capacity if isinstance(policy.capacity, Spill) else None
         self._replica_choice = replica_choice
         self._context = RouteContext(
             layer=0, ranks=group.ranks, renormalise=renormalise, history=history, prices=prices
@@ -114,7 +142,6 @@ class ExpertParallelMoE:
 
     def _layer(self, layer: int, x_TD: torch.Tensor, watch: Stopwatch) -> torch.Tensor:
         group, placement, weights = self._group, self._placement, self._layers[layer]
-        ranks, slots_per_rank = group.ranks, placement.slots_per_rank
 
         candidates = gate(x_TD, weights.gate_ED, group.rank)
         watch.mark("gate")
@@ -124,23 +151,21 @@ class ExpertParallelMoE:
         slot_TK = choose_slots(assignment, placement, layer, candidates.source_rank_T, self._replica_choice)
         watch.mark("route")
 
-        rows_ND, pair_N, count_S = permute(x_TD, slot_TK, placement.slots)
-        sent_GS = count_S.reshape(ranks, slots_per_rank)
-        watch.mark("permute")
-
-        received_GS = all_to_all(sent_GS, [1] * ranks, [1] * ranks).tolist()
-        sent = sent_GS.sum(dim=1).tolist()
+        packed = (
+            self._pack(layer, x_TD, assignment, slot_TK, watch)
+            if self._spill is None
+            else self._pack_and_lend(self._spill, layer, x_TD, slot_TK, watch)
+        )
+        received_GS = packed.received_GS
+        sent = packed.sent_GS.sum(dim=1).tolist()
         received = [sum(counts) for counts in received_GS]
-        watch.mark("counts")
-
-        received_ND = all_to_all(rows_ND, sent, received)
+        received_ND = all_to_all(packed.rows_ND, sent, received)
         watch.mark("dispatch")
 
         by_slot_ND = regroup(received_ND, received_GS)
         watch.mark("regroup")
 
-        count_by_slot = [sum(counts) for counts in zip(*received_GS, strict=True)]
-        out_ND = expert_mlp(by_slot_ND, count_by_slot, weights.w_gate_EFD, weights.w_up_EFD, weights.w_down_EDF)
+        out_ND = _experts(by_slot_ND, [sum(counts) for counts in zip(*received_GS, strict=True)], weights, packed)
         watch.mark("experts")
 
         by_source_ND = regroup(out_ND, list(zip(*received_GS, strict=True)))
@@ -149,9 +174,114 @@ class ExpertParallelMoE:
         returned_ND = all_to_all(by_source_ND, received, sent)
         watch.mark("return")
 
-        out_TD = combine(returned_ND, pair_N, assignment.weights_TK)
+        if packed.row_N is not None:
+            returned_ND = returned_ND.index_select(0, packed.row_N)
+        out_TD = combine(returned_ND, packed.pair_N, assignment.weights_TK)
         watch.mark("combine")
         return out_TD
+
+    def _pack(
+        self, layer: int, x_TD: torch.Tensor, assignment: Assignment, slot_TK: torch.Tensor, watch: Stopwatch
+    ) -> _Packed:
+        ranks, placement, limit = self._group.ranks, self._placement, self._policy.capacity
+        rows_ND, pair_N, count_S = permute(x_TD, slot_TK, placement.slots)
+        row_N = None
+        if limit is not None and limit.pad:
+            places = np.array([self._places(limit, assignment)])
+            own = np.array([self._group.rank])
+            places_1S = places_by_slot(places, placement, layer, own, self._replica_choice)
+            places_S = torch.as_tensor(places_1S[0], device=count_S.device)
+            rows_ND, row_N = _padded(rows_ND, count_S, places_S)
+            count_S = places_S
+        sent_GS = count_S.reshape(ranks, placement.slots_per_rank)
+        watch.mark("permute")
+
+        received_GS = all_to_all(sent_GS, [1] * ranks, [1] * ranks).tolist()
+        watch.mark("counts")
+        return _Packed(rows_ND=rows_ND, pair_N=pair_N, sent_GS=sent_GS, received_GS=received_GS, row_N=row_N)
+
+    def _places(self, limit: Limit, assignment: Assignment) -> int:
+        """The places that this rank's tokens have in every expert; ranks agree on those that depend on all loads."""
+        rank, ranks, experts = self._group.rank, self._group.ranks, self._placement.experts
+        ids_TK = assignment.ids_TK
+        if not (isinstance(limit, Capacity) and limit.asks_loads(0, experts)):
+            source_rank_T = torch.full_like(ids_TK[:, 0], rank)
+            return int(places_by_scope(limit, assignment, source_rank_T, ranks, experts)[rank])
+        tokens, k = ids_TK.shape
+        load_P = [
+            torch.bincount(of_pass_TX[of_pass_TX >= 0], minlength=experts).max()
+            for of_pass_TX in ids_TK.chunk(limit.passes_of(k), dim=1)
+        ]
+        load_GP = torch.stack(load_P).expand(ranks, -1).contiguous()
+        fullest_P = all_to_all(load_GP, [1] * ranks, [1] * ranks).amax(dim=0).tolist()
+        return sum(limit.places(tokens, k, experts, fullest_P))
+
+    def _pack_and_lend(
+        self, spill: Spill, layer: int, x_TD: torch.Tensor, slot_TK: torch.Tensor, watch: Stopwatch
+    ) -> _Packed:
+        """Every rank learns all counts, plans the same moves, and sends the weights of the experts that it lends."""
+        ranks, rank, slots = self._group.ranks, self._group.rank, self._placement.slots
+        count_S = torch.bincount(slot_TK.reshape(-1) + 1, minlength=slots + 1)[1:]
+        rows_GS = all_to_all(count_S.expand(ranks, slots).contiguous(), [1] * ranks, [1] * ranks)
+        watch.mark("counts")
+
+        plan = spill.plan(rows_GS.cpu().numpy(), ranks)
+        place_TK = plan.place_of(slot_TK, torch.full_like(slot_TK[:, 0], rank))
+        watch.mark("route")
+
+        guests = _exchange_weights(plan, rank, self._layers[layer]) if plan.moves else None
+        watch.mark("spill weights")
+
+        rows_ND, pair_N, count_P = permute(x_TD, place_TK, ranks * plan.places_per_rank)
+        watch.mark("permute")
+        own_GP = plan.rows_GP.reshape(ranks, ranks, -1)[:, rank]
+        return _Packed(
+            rows_ND=rows_ND,
+            pair_N=pair_N,
+            sent_GS=count_P.reshape(ranks, plan.places_per_rank),
+            received_GS=own_GP.tolist(),
+            guests=guests,
+        )
+
+
+def _padded(rows_ND: torch.Tensor, count_S: torch.Tensor, places_S: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows, sorted by slot, with zeros behind those of each slot up to its places; and where each row now lies, [N].
+
+    `count_S` rows of each slot, at most `places_S`.
+    """
+    shift_S = (places_S.cumsum(0) - places_S) - (count_S.cumsum(0) - count_S)
+    row_N = torch.arange(rows_ND.shape[0], device=rows_ND.device) + shift_S.repeat_interleave(count_S)
+    return rows_ND.new_zeros(int(places_S.sum()), rows_ND.shape[1]).index_copy_(0, row_N, rows_ND), row_N
+
+
+def _exchange_weights(plan: SpillPlan, rank: int, own: MoEWeights) -> MoEWeights | None:
+    """Send what `rank` lends; the weights of its guests, by their places, or None if it has none."""
+    first_slot = rank * plan.slots_per_rank
+    lent = [move.slot - first_slot for move in plan.lent_by(rank)]
+    matrices = (own.w_gate_EFD, own.w_up_EFD, own.w_down_EDF)
+    weights_ND = torch.cat([matrix[lent].flatten(1) for matrix in matrices], dim=1)
+    received_ND = all_to_all(weights_ND, plan.experts_XX[rank].tolist(), plan.experts_XX[:, rank].tolist())
+    guests = plan.guests_of(rank)
+    if not guests:
+        return None
+    # They come by the rank that lends them, and from each by the place that they go to.
+    order = sorted(range(len(guests)), key=lambda guest: (guests[guest].slot // plan.slots_per_rank, guest))
+    by_place = received_ND[[order.index(guest) for guest in range(len(guests))]]
+    w_gate, w_up, w_down = (
+        part.reshape(len(guests), *matrix.shape[1:])
+        for part, matrix in zip(by_place.chunk(3, dim=1), matrices, strict=True)
+    )
+    return MoEWeights(gate_ED=own.gate_ED, w_gate_EFD=w_gate, w_up_EFD=w_up, w_down_EDF=w_down)
+
+
+def _experts(by_slot_ND: torch.Tensor, counts: list[int], own: MoEWeights, packed: _Packed) -> torch.Tensor:
+    slots = own.w_gate_EFD.shape[0]
+    own_rows = sum(counts[:slots])
+    out_ND = expert_mlp(by_slot_ND[:own_rows], counts[:slots], own.w_gate_EFD, own.w_up_EFD, own.w_down_EDF)
+    if (guests := packed.guests) is None:
+        return out_ND
+    guests_ND = expert_mlp(by_slot_ND[own_rows:], counts[slots:], guests.w_gate_EFD, guests.w_up_EFD, guests.w_down_EDF)
+    return torch.cat([out_ND, guests_ND])
 
 
 def gate(x_TD: torch.Tensor, gate_ED: torch.Tensor, rank: int) -> Candidates:

@@ -7,19 +7,51 @@ from typing import Any, TypeVar
 
 from router.assignment import Assignment
 from router.candidates import Candidates
-from router.capacity import Capacity
+from router.capacity import Capacity, Limit
 from router.context import RouteContext, State
 from router.parameters import parameters_of
 from router.part import Part
+from router.policies.balance_bias import BalanceBias
 from router.policies.base import Adjustment, Selection, assign, widen
+from router.policies.batch_set import BatchSet
+from router.policies.cache_aware import CacheAware
+from router.policies.capacity_aware import CapacityAware
+from router.policies.expert_choice import ExpertChoice
+from router.policies.group_limited import GroupLimited
+from router.policies.hardware_aware import HardwareAware
+from router.policies.held_top_p import HeldTopP
+from router.policies.null_experts import NullExperts
+from router.policies.opportunistic import Opportunistic
+from router.policies.partners import Partners
 from router.policies.skip import Skip
+from router.policies.skip_by_ratio import SkipByRatio
 from router.policies.top_k import TopK
+from router.policies.top_k_by_layer import TopKByLayer
 from router.policies.top_p import TopP
+from router.policies.topology_aware import TopologyAware
+from router.spill import Spill
 from traces.errors import InputError
 
-SELECTIONS: dict[str, type[Selection]] = {part.name: part for part in (TopK, TopP, Skip)}
-ADJUSTMENTS: dict[str, type[Adjustment]] = {}
-CAPACITIES: dict[str, type[Capacity]] = {Capacity.name: Capacity}
+SELECTIONS: dict[str, type[Selection]] = {
+    part.name: part
+    for part in (
+        TopK,
+        TopKByLayer,
+        TopP,
+        HeldTopP,
+        Skip,
+        SkipByRatio,
+        NullExperts,
+        BalanceBias,
+        GroupLimited,
+        ExpertChoice,
+        Partners,
+    )
+}
+ADJUSTMENTS: dict[str, type[Adjustment]] = {
+    part.name: part for part in (Opportunistic, BatchSet, CacheAware, TopologyAware, HardwareAware)
+}
+CAPACITIES: dict[str, type[Limit]] = {part.name: part for part in (Capacity, CapacityAware, Spill)}
 POLICIES: Mapping[str, type[Part]] = {**SELECTIONS, **ADJUSTMENTS, **CAPACITIES}
 _P = TypeVar("_P", bound=Part)
 
@@ -34,7 +66,7 @@ def make_adjustment(name: str, parameters: Mapping[str, Any]) -> Adjustment:
     return _make(ADJUSTMENTS, name, parameters, "adjustment")
 
 
-def make_capacity(name: str, parameters: Mapping[str, Any]) -> Capacity:
+def make_capacity(name: str, parameters: Mapping[str, Any]) -> Limit:
     """The capacity called `name`; errors as `make_selection`."""
     return _make(CAPACITIES, name, parameters, "capacity")
 
@@ -59,7 +91,7 @@ class RoutingPolicy:
 
     selection: Selection
     adjustment: Adjustment | None = None
-    capacity: Capacity | None = None
+    capacity: Limit | None = None
 
     @property
     def width(self) -> int:
@@ -126,14 +158,45 @@ def _describe(part: Part) -> str:
     return f"{part.name}({inside})"
 
 
+def needs_with(part: type[Part], parameter: str, value: Any) -> tuple[str, ...]:
+    """What a part needs where one of its parameters has a value, for on this it may depend."""
+    others = {
+        name: declared.low
+        for name, declared in parameters_of(part).items()
+        if name != parameter and not declared.choices and _default(part, name) is None
+    }
+    return part(**others, **{parameter: value}).needs
+
+
+def _needs_by_value(part: type[Part], parameter: str) -> dict[str, Any]:
+    """What single choices of a parameter need, where any needs something that the part does not."""
+    choices = parameters_of(part)[parameter].choices
+    needs = {
+        str(value): [need for need in needs_with(part, parameter, value) if need not in part.needs] for value in choices
+    }
+    return {"needs": needs} if any(needs.values()) else {}
+
+
+def _default(part: type[Part], parameter: str) -> Any:
+    """What a parameter is if left out; None where it must be given."""
+    default = {field.name: field.default for field in fields(part)}[parameter]  # type: ignore[arg-type]
+    return None if default is MISSING else default
+
+
 def describe_policies() -> list[dict[str, Any]]:
-    """Every policy as a JSON object: name, kind, source, parameters with their ranges, needs, and what it does."""
+    """Every policy as a JSON object: name, kind, source, parameters with their ranges, needs, and what it does.
+
+    `default` of a parameter is None where it must be given; `needs` what single choices of it need beside the policy's.
+    """
     return [
         {
             "name": part.name,
             "kind": part.kind,
             "source": part.source,
-            "parameters": [{"name": name, **parameter.to_json()} for name, parameter in parameters_of(part).items()],
+            "parameters": [
+                {"name": name, **parameter.to_json(), "default": _default(part, name), **_needs_by_value(part, name)}
+                for name, parameter in parameters_of(part).items()
+            ],
             "needs": list(part.needs),
             "description": getdoc(part) or "",
         }

@@ -56,6 +56,7 @@ class Selection(Part):
             raise InputError(
                 f"policy {self.name} needs {self.reads} candidates per token; the trace recorded {candidates.count}"
             )
+        check_more_candidates(self, self.width, candidates)
         if "full scores" in self.needs and candidates.count < candidates.all_experts:
             raise InputError(
                 f"policy {self.name} needs the scores of all {candidates.all_experts} experts; the trace recorded "
@@ -66,7 +67,7 @@ class Selection(Part):
 class Adjustment(Part):
     """Moves tokens to other candidates once the whole step's choices are known.
 
-    A token gets at most as many experts as the selection gave it, and at least one.
+    A token gets at most as many experts as the selection gave it, and at least one if that gave it any.
     """
 
     kind: ClassVar[Kind] = "adjustment"
@@ -79,11 +80,16 @@ class Adjustment(Part):
 
     def check(self, candidates: Candidates, width: int) -> None:
         """Raise `InputError` where there is nothing to move tokens to."""
-        if "more candidates than k" in self.needs and candidates.count <= width < candidates.experts:
-            raise InputError(
-                f"policy {self.name} needs more candidates than the {width} that a token uses; the trace recorded "
-                f"{candidates.count}: record more, or complete the trace (moeroute trace complete)"
-            )
+        check_more_candidates(self, width, candidates)
+
+
+def check_more_candidates(part: Part, width: int, candidates: Candidates) -> None:
+    """Raise `InputError` where a part chooses among more candidates than a token uses, and there are none."""
+    if "more candidates than k" in part.needs and candidates.count <= width < candidates.all_experts:
+        raise InputError(
+            f"policy {part.name} needs more candidates than the {width} that a token uses; the trace recorded "
+            f"{candidates.count}: record more, or complete the trace (moeroute trace complete)"
+        )
 
 
 def widen(used_TC: Array, count: int) -> Array:

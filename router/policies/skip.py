@@ -12,7 +12,9 @@ from router.policies.base import Selection
 class Skip(Selection):
     """Of its `k_max` best experts a token skips each whose score is under `threshold` times its best score.
 
-    One threshold for all layers, left to the tuner; `skip_by_ratio` sets one a layer, as the source does.
+    Tokens whose router is sure of its first expert do with few. It helps where scores fall steeply, needs nothing but
+    scores, and does not bound what a step costs. One threshold for all layers, left to the tuner; `skip_by_ratio` sets
+    one a layer from earlier traffic, as the paper does.
     """
 
     name: ClassVar[str] = "skip"

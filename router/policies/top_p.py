@@ -15,7 +15,9 @@ _ROUNDING = 1e-6
 class TopP(Selection):
     """A token uses its best experts until their scores reach `p`, at most `k_max`.
 
-    k_t = min{k : sum of the k best scores >= p}: tokens whose router is sure use few experts. Scores are taken as
+    k_t = min{k : sum of the k best scores >= p}: tokens whose router is sure use few experts, others many. It helps
+    where tokens differ in how sure their router is; how many experts a step uses follows from its tokens and is not
+    bounded (`held_top_p` holds it). The paper trains with it; here it meets a model of fixed k. Scores are taken as
     recorded, so on a model whose recorded scores sum to one over the chosen k, `p` is a share of those k, and the
     result is not comparable with a full softmax.
     """

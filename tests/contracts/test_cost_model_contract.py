@@ -32,6 +32,7 @@ from cost_models.ops import (
     Regroup,
     Route,
     TokenExchange,
+    WeightTransfer,
 )
 from cost_models.profile import Curve, LinearFit, Profile
 from cost_models.roofline import Roofline
@@ -61,6 +62,7 @@ OPERATIONS: dict[str, Callable[[Any], Operation]] = {
     "Combine": lambda size_X: Combine(rows_X=size_X * 2, tokens_X=size_X, row_bytes=128),
     "MemoryCopy": lambda size_X: MemoryCopy(bytes_X=size_X),
     "AllToAll": lambda size_X: AllToAll(bytes_XGG=size_X[..., None, None] * np.array([[5, 1], [2, 5]])),
+    "WeightTransfer": lambda size_X: WeightTransfer(bytes_XGG=size_X[..., None, None] * np.array([[5, 1], [2, 5]])),
     "CountExchange": lambda size_X: CountExchange(bytes_XGG=size_X[..., None, None] * np.array([[5, 1], [2, 5]])),
     "TokenExchange": lambda size_X: TokenExchange(
         tokens_X=size_X,

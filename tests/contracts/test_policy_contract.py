@@ -1,6 +1,8 @@
 """What every selection must hold, with and without capacity, on every backend."""
 
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,12 +15,21 @@ from router.assignment import UNUSED, Assignment
 from router.backends import topk
 from router.candidates import Candidates
 from router.capacity import Capacity
-from router.context import RouteContext
+from router.context import RouteContext, State
+from router.history import RoutingHistory
 from router.placement import place
 from router.policies import SELECTIONS, RoutingPolicy
+from router.policies.balance_bias import BalanceBias
 from router.policies.base import Selection
+from router.policies.expert_choice import ExpertChoice
+from router.policies.group_limited import GroupLimited
+from router.policies.held_top_p import HeldTopP
+from router.policies.null_experts import NullExperts
+from router.policies.partners import Partners
 from router.policies.skip import Skip
+from router.policies.skip_by_ratio import SkipByRatio
 from router.policies.top_k import TopK
+from router.policies.top_k_by_layer import TopKByLayer
 from router.policies.top_p import TopP
 from router.replicas import choose_slots
 from traces.errors import InputError
@@ -28,20 +39,53 @@ CAPACITY_KINDS = [
     None,
     *((drop, scope) for drop in ("position", "probs") for scope in ("source_rank", "global")),
 ]
+
+
+def group_limited(case: "Case") -> GroupLimited:
+    """As few groups as divide the experts, and enough of them kept."""
+    experts = case.probs_TE.shape[1]
+    groups = next((size for size in range(2, experts + 1) if experts % size == 0), 1)
+    kept_groups = min(-(-case.width * groups // experts), groups)
+    return GroupLimited(k=case.width, groups=groups, kept_groups=kept_groups)
+
+
+# A name in the registry, or one of its modes behind a colon.
 MAKERS = {
-    "top_k": lambda k, share: TopK(k=k),
-    "top_p": lambda k, share: TopP(p=share, k_max=k),
-    "skip": lambda k, share: Skip(threshold=share, k_max=k),
+    "top_k": lambda case: TopK(k=case.width),
+    "top_k_by_layer": lambda case: TopKByLayer(mean_k=1 + case.share * (case.width - 1), k_max=case.width),
+    "top_p": lambda case: TopP(p=case.share, k_max=case.width),
+    "held_top_p": lambda case: HeldTopP(target=1 + case.share * (case.width - 1), k_max=case.width),
+    "skip": lambda case: Skip(threshold=case.share, k_max=case.width),
+    "skip_by_ratio": lambda case: SkipByRatio(quantile=case.share, k_max=case.width),
+    "null_experts": lambda case: NullExperts(k=case.width),
+    "balance_bias": lambda case: BalanceBias(k=case.width, rate=0.05),
+    "group_limited": group_limited,
+    "expert_choice:batch": lambda case: ExpertChoice(factor=case.factor, k_max=case.width, mode="batch"),
+    "expert_choice:threshold": lambda case: ExpertChoice(factor=case.factor, k_max=case.width, mode="threshold"),
+    "partners": lambda case: Partners(k=case.width, partners=case.width),
 }
+# Which use a token's best candidates and no other, and which may leave a token without experts.
+BEST_FIRST = ("top_k", "top_k_by_layer", "top_p", "held_top_p", "skip", "skip_by_ratio")
+KEEP_THE_FIRST = (*BEST_FIRST, "partners")
+MAY_LEAVE_TOKENS = ("expert_choice:batch", "expert_choice:threshold", "null_experts")
+REMEMBER = ("balance_bias", "expert_choice:threshold", "held_top_p")
 BACKENDS = {"numpy": np.asarray, "torch": lambda array: torch.as_tensor(np.array(array))}
 
-every_selection = pytest.mark.parametrize("name", sorted(SELECTIONS))
+every_selection = pytest.mark.parametrize("name", sorted(MAKERS))
 every_capacity = pytest.mark.parametrize("kind", CAPACITY_KINDS, ids=lambda kind: "-".join(kind or ["none"]))
 every_backend = pytest.mark.parametrize("backend", sorted(BACKENDS))
 
 
+def in_registry(name: str) -> type[Selection]:
+    return SELECTIONS[name.partition(":")[0]]
+
+
+def that_need(what: str) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("name", [name for name in sorted(MAKERS) if what in in_registry(name).needs])
+
+
 def test_every_selection_is_under_this_contract() -> None:
-    assert set(MAKERS) == set(SELECTIONS)
+    assert {in_registry(name) for name in MAKERS} == set(SELECTIONS.values())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,13 +100,18 @@ class Case:
     factor: float
 
     def selection(self, name: str) -> Selection:
-        return MAKERS[name](self.width, self.share)
+        selection = MAKERS[name](self)
+        assert isinstance(selection, in_registry(name))
+        return selection
 
     def capacity(self, kind: tuple[Any, Any] | None) -> Capacity | None:
         return None if kind is None else Capacity(factor=self.factor, drop=kind[0], scope=kind[1])
 
-    def candidates(self, backend: str = "numpy") -> Candidates:
-        probs_TC, ids_TC = topk(self.probs_TE, self.probs_TE.shape[1])
+    def candidates(self, name: str = "", backend: str = "numpy") -> Candidates:
+        """All experts; for a policy of null experts one of these besides, which scores as the last real one does."""
+        nulls = int(name == "null_experts")
+        probs_TE = np.concatenate([self.probs_TE, self.probs_TE[:, self.probs_TE.shape[1] - nulls :]], axis=1)
+        probs_TC, ids_TC = topk(probs_TE, probs_TE.shape[1])
         array = BACKENDS[backend]
         return Candidates(
             ids_TC=array(ids_TC),
@@ -70,14 +119,28 @@ class Case:
             source_rank_T=array(self.source_rank_T),
             experts=self.probs_TE.shape[1],
             score_kind="softmax",
+            null_experts=nulls,
         )
 
-    def route(self, name: str, kind: tuple[Any, Any] | None, backend: str = "numpy") -> Assignment:
+    def context(self, name: str = "") -> RouteContext:
+        """With earlier traffic: of two layers, every expert as often used with the next ones as they are near."""
+        experts = self.probs_TE.shape[1] + int(name == "null_experts")
+        away_E = np.arange(experts)
+        history = RoutingHistory(
+            together_LEE=np.tile(experts - abs(away_E[:, None] - away_E), (2, 1, 1)),
+            ratio_LQ=np.tile(np.linspace(0.2, 1, 101), (2, 1)),
+            output_error_LK=np.array([[0.8, 0.1, 0.0], [0.3, 0.2, 0.0]]),
+        )
+        return RouteContext(layer=0, ranks=RANKS, renormalise=self.renormalise, history=history)
+
+    def step(
+        self, name: str, kind: tuple[Any, Any] | None, backend: str = "numpy", state: Mapping[str, Any] | None = None
+    ) -> tuple[Assignment, State]:
         policy = RoutingPolicy(selection=self.selection(name), capacity=self.capacity(kind))
-        context = RouteContext(layer=0, ranks=RANKS, renormalise=self.renormalise)
-        assignment, state = policy.route(self.candidates(backend), context, {})
-        assert state == {}, "none of these policies remembers anything"
-        return assignment
+        return policy.route(self.candidates(name, backend), self.context(name), dict(state or {}))
+
+    def route(self, name: str, kind: tuple[Any, Any] | None, backend: str = "numpy") -> Assignment:
+        return self.step(name, kind, backend)[0]
 
 
 @st.composite
@@ -124,16 +187,68 @@ def test_what_is_chosen_is_kept_or_dropped(name: str, kind: tuple[Any, Any] | No
 
 
 @every_selection
+@settings(max_examples=40, deadline=None)
+@given(case=cases(), more=st.lists(st.integers(0, 2**32), min_size=2, max_size=2))
+def test_numpy_and_torch_agree_and_remember_the_same(name: str, case: Case, more: list[int]) -> None:
+    """Over three steps, the later ones of scores of their own."""
+    steps = [case]
+    for seed in more:
+        sixtyfourths_TE = np.random.default_rng(seed).integers(1, 16, case.probs_TE.shape)
+        steps.append(replace(case, probs_TE=(sixtyfourths_TE / 64).astype(np.float32)))
+    ours: State = {}
+    theirs: State = {}
+    for step in steps:
+        our_assignment, ours = step.step(name, None, "numpy", ours)
+        their_assignment, theirs = step.step(name, None, "torch", theirs)
+        np.testing.assert_array_equal(our_assignment.ids_TK, their_assignment.ids_TK.numpy())
+        np.testing.assert_allclose(our_assignment.weights_TK, their_assignment.weights_TK.numpy(), atol=1e-6, rtol=0)
+        assert plain(ours) == plain(theirs)
+        assert all(np.isfinite(value).all() for value in ours.get("selection", {}).values())
+    remembered = name in REMEMBER and case.probs_TE.shape[0] > 0
+    assert bool(ours) == (remembered or name == "balance_bias")
+
+
+@every_selection
+@settings(max_examples=20, deadline=None)
+@given(case=cases())
+def test_what_is_remembered_survives_a_file(name: str, case: Case) -> None:
+    _, state = case.step(name, None)
+    read = {
+        part: {key: np.array(value) if isinstance(value, list) else value for key, value in memory.items()}
+        for part, memory in json.loads(json.dumps(plain(state))).items()
+    }
+    after, next_state = case.step(name, None, state=state)
+    again, same_state = case.step(name, None, state=read)
+    np.testing.assert_array_equal(after.ids_TK, again.ids_TK)
+    assert plain(next_state) == plain(same_state)
+
+
+def plain(state: State) -> dict[str, dict[str, Any]]:
+    """The state with lists for arrays."""
+    return {
+        part: {key: value.tolist() if hasattr(value, "tolist") else value for key, value in memory.items()}
+        for part, memory in state.items()
+    }
+
+
+@every_selection
 @settings(max_examples=60, deadline=None)
 @given(case=cases())
-def test_a_token_uses_distinct_candidates_and_always_its_first(name: str, case: Case) -> None:
-    assignment, candidates = case.route(name, None), case.candidates()
+def test_a_token_uses_distinct_candidates_in_their_order(name: str, case: Case) -> None:
+    assignment, candidates = case.route(name, None), case.candidates(name)
     assert assignment.ids_TK.shape == (candidates.tokens, case.selection(name).width)
-    np.testing.assert_array_equal(assignment.ids_TK[:, 0], candidates.ids_TC[:, 0])
+    if name in KEEP_THE_FIRST:
+        np.testing.assert_array_equal(assignment.ids_TK[:, 0], candidates.ids_TC[:, 0])
+    if name not in MAY_LEAVE_TOKENS:
+        assert assignment.chosen_TK.any(axis=1).all()
     for ids_K, probs_K, offered_C in zip(assignment.ids_TK, assignment.scores_TK, candidates.ids_TC, strict=True):
         used = ids_K[ids_K != UNUSED].tolist()
         assert len(set(used)) == len(used)
-        assert used == offered_C[: len(used)].tolist()  # a prefix of the candidates: better ones first
+        assert used == ids_K[: len(used)].tolist()
+        assert used == [expert for expert in offered_C.tolist() if expert in used]  # better ones first
+        assert all(expert < candidates.experts for expert in used)
+        if name in BEST_FIRST:
+            assert used == offered_C[: len(used)].tolist()
         assert (probs_K[ids_K == UNUSED] == 0).all()
 
 
@@ -145,8 +260,13 @@ def test_weights_are_scores_or_shares_of_them(name: str, case: Case) -> None:
     assert np.isfinite(assignment.weights_TK).all()
     assert (assignment.weights_TK >= 0).all()
     assert (assignment.weights_TK[~assignment.chosen_TK] == 0).all()
+    np.testing.assert_array_equal(
+        assignment.scores_TK[assignment.chosen_TK],
+        np.take_along_axis(case.probs_TE, np.maximum(assignment.ids_TK, 0), axis=1)[assignment.chosen_TK],
+    )
     if case.renormalise:
-        np.testing.assert_allclose(assignment.weights_TK.sum(axis=1), 1, atol=1e-6)
+        served_T = assignment.chosen_TK.any(axis=1)
+        np.testing.assert_allclose(assignment.weights_TK.sum(axis=1), served_T, atol=1e-6)
     else:
         np.testing.assert_array_equal(assignment.weights_TK, assignment.scores_TK)
 
@@ -241,7 +361,69 @@ def test_more_experts_than_candidates_is_refused(name: str, backend: str) -> Non
     )
     with pytest.raises(InputError) as refused:
         case.route(name, None, backend)
-    assert str(refused.value) == f"policy {name} needs 12 candidates per token; the trace recorded 8"
+    recorded = case.candidates(name).count
+    assert str(refused.value) == (
+        f"policy {name.partition(':')[0]} needs 12 candidates per token; the trace recorded {recorded}"
+    )
+
+
+EVEN = Case(
+    probs_TE=np.full((2, 8), 0.125, dtype=np.float32),
+    source_rank_T=np.zeros(2, dtype=np.int64),
+    renormalise=True,
+    width=4,
+    share=0.5,
+    factor=1.0,
+)
+
+
+@that_need("full scores")
+@every_backend
+def test_full_scores_are_asked_for(name: str, backend: str) -> None:
+    policy = RoutingPolicy(selection=EVEN.selection(name))
+    with pytest.raises(InputError, match=r"needs the scores of all 8 experts; the trace recorded 7 .*complete"):
+        policy.route(EVEN.candidates(name, backend).best(7), EVEN.context(), {})
+
+
+@that_need("more candidates than k")
+@every_backend
+def test_more_candidates_than_k_are_asked_for(name: str, backend: str) -> None:
+    policy = RoutingPolicy(selection=EVEN.selection(name))
+    policy.route(EVEN.candidates(name, backend).best(5), EVEN.context(), {})
+    with pytest.raises(InputError, match=r"more candidates than the 4 that a token uses; the trace recorded 4: record"):
+        policy.route(EVEN.candidates(name, backend).best(4), EVEN.context(), {})
+
+
+@that_need("earlier traffic")
+@every_backend
+def test_earlier_traffic_is_asked_for(name: str, backend: str) -> None:
+    policy = RoutingPolicy(selection=EVEN.selection(name))
+    with pytest.raises(InputError, match=r"needs earlier traffic of the model"):
+        policy.route(EVEN.candidates(name, backend), replace(EVEN.context(), history=None), {})
+    with pytest.raises(InputError, match=r"has 2 layers, but layer 2 is asked for"):
+        policy.route(EVEN.candidates(name, backend), replace(EVEN.context(), layer=2), {})
+
+
+@that_need("null experts")
+@every_backend
+def test_null_experts_are_asked_for(name: str, backend: str) -> None:
+    policy = RoutingPolicy(selection=EVEN.selection(name))
+    with pytest.raises(InputError, match=r"needs null experts, and the model has only its 8 real ones: use top_k"):
+        policy.route(EVEN.candidates("", backend), EVEN.context(), {})
+
+
+def test_every_need_of_a_selection_is_tried() -> None:
+    tried = {"full scores", "more candidates than k", "earlier traffic", "null experts"}
+    assert {need for selection in SELECTIONS.values() for need in selection.needs} == tried
+
+
+@every_selection
+@every_backend
+def test_scores_that_are_nan_are_refused(name: str, backend: str) -> None:
+    probs_TE = EVEN.probs_TE.copy()
+    probs_TE[1, 3] = np.nan
+    with pytest.raises(InputError, match=r"token 1 of the step has a score that is NaN"):
+        replace(EVEN, probs_TE=probs_TE).route(name, None, backend)
 
 
 @every_selection
@@ -260,7 +442,7 @@ def test_a_step_without_tokens_gives_an_empty_assignment(name: str, kind: tuple[
     for array in (assignment.ids_TK, assignment.weights_TK, assignment.kept_TK):
         assert tuple(array.shape) == (0, 2)
     placement = place("lpt", np.ones((1, 4)), ranks=2, slots=6)
-    slot_TK = choose_slots(assignment, placement, 0, case.candidates(backend).source_rank_T, "local")
+    slot_TK = choose_slots(assignment, placement, 0, case.candidates(name, backend).source_rank_T, "local")
     assert tuple(slot_TK.shape) == (0, 2)
 
 
@@ -275,6 +457,11 @@ def test_all_tokens_to_one_expert(backend: str) -> None:
     by_rank = case.route("top_k", ("probs", "source_rank"), backend)
     assert by_rank.kept_TK[:, 0].tolist() == ([True] * 2 + [False] * 6) * 2
     assert by_rank.ids_TK.tolist() == [[1]] * 16
+    for name in MAKERS:
+        # Expert choice has C = ceil(16 * 1 / 4) = 4 places, for the first of tokens that are all alike.
+        served = 4 if name == "expert_choice:batch" else 16
+        ids_TK = case.route(name, None, backend).ids_TK.tolist()
+        assert ids_TK == [[1]] * served + [[UNUSED]] * (16 - served), name
 
 
 @every_selection

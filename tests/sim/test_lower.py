@@ -216,6 +216,71 @@ def test_replicas_share_the_rows() -> None:
     assert local.pairs_LGG.tolist() == [[[2, 0], [0, 1]]]
 
 
+PADDED = RoutingPolicy(selection=TopK(k=2), capacity=Capacity(factor=1.0, pad=True))
+
+
+def test_empty_places_are_sent_and_computed() -> None:
+    """C is ceil(2 * 2 / 4) = 1 for rank 0's two tokens, and ceil(1 * 2 / 4) = 1 for rank 1's one."""
+    work, without = (
+        lower(TINY, [assigned(IDS, [(1, 0)])], PLACEMENT, policy=policy, source_rank_T=np.array([0, 0, 1]))
+        for policy in (PADDED, TOP_2)
+    )
+    # Kept: rank 0 has rows for experts 0, 2 and 3, so it pads expert 1; rank 1 for 0 and 1, so it pads 2 and 3.
+    assert work.padding is not None
+    assert work.padding.rows_LS.tolist() == [[0, 1, 1, 1]]
+    assert work.padding.rows_LGG.tolist() == [[[1, 0], [0, 2]]]
+    assert without.rows_LS.tolist() == [[2, 1, 1, 1]]
+    assert work.rows_LS.tolist() == [[2, 2, 2, 2]]
+    assert work.padding_share == 3 / 8
+    assert dispatched(work) == [[[32, 32], [32, 32]]]
+    # They are gathered and sent, but no token's: pairs are what they were, and only these are added up.
+    assert work.packed_LG.tolist() == [[4, 4]]
+    assert work.sent_LG.tolist() == without.sent_LG.tolist() == [[3, 2]]
+    assert work.received_LG.tolist() == [[4, 4]]
+    assert without.padding_share == 0
+
+
+@pytest.mark.parametrize("protocol", ["per_rank", "per_node"])
+def test_where_tokens_are_sent_once_padding_is_computed_but_not_sent(protocol: Protocol) -> None:
+    work, without = (
+        lower(TINY, [assigned(IDS)], PLACEMENT, policy=policy, source_rank_T=np.array([0, 0, 1]), protocol=protocol)
+        for policy in (PADDED, TOP_2)
+    )
+    assert dispatched(work) == dispatched(without)
+    assert work.rows_LS.sum() > without.rows_LS.sum()
+
+
+def test_places_over_all_ranks_are_filled_where_they_are() -> None:
+    """C is ceil(3 * 2 / 4) = 2 for all: experts 1 and 3 have a row each."""
+    policy = RoutingPolicy(selection=TopK(k=2), capacity=Capacity(factor=1.0, scope="global", pad=True))
+    work = lower(TINY, [assigned(IDS)], PLACEMENT, policy=policy, source_rank_T=np.array([0, 0, 1]))
+    assert work.rows_LS.tolist() == [[2, 2, 2, 2]]
+    assert dispatched(work) == dispatched(work_of(IDS))
+
+
+def test_padding_to_the_fullest_expert() -> None:
+    """Tutel's factor 0: rank 0's expert 2 has two rows, so every rank has two places in every expert."""
+    policy = RoutingPolicy(selection=TopK(k=2), capacity=Capacity(factor=0.0, rule="tutel", pad=True))
+    work = lower(TINY, [assigned(IDS)], PLACEMENT, policy=policy, source_rank_T=np.array([0, 0, 1]))
+    assert work.rows_LS.tolist() == [[4, 4, 4, 4]]
+    assert work.padding_share == 10 / 16
+
+
+def test_places_lie_over_replicas_as_pairs_do() -> None:
+    """Both ranks hold both of two experts; C is ceil(3 * 1 / 2 * 2) = 3 for three tokens of each rank."""
+    placement = Placement(slot_to_expert_LS=np.array([[0, 1, 0, 1]]), experts=2, ranks=2)
+    policy = RoutingPolicy(selection=TopK(k=1), capacity=Capacity(factor=2.0, pad=True))
+    ids, sources = [[0]] * 3 + [[1]] * 3, np.array([0, 0, 0, 1, 1, 1])
+    even, local = (
+        lower(TINY, [assigned(ids)], placement, policy=policy, source_rank_T=sources, replica_choice=choice)
+        for choice in ("even", "local")
+    )
+    # In turn, a rank's first and third place of each expert are on itself, as those of its pairs are.
+    assert dispatched(even) == [[[4 * 16, 2 * 16], [2 * 16, 4 * 16]]]
+    assert dispatched(local) == [[[6 * 16, 0], [0, 6 * 16]]]
+    assert even.rows_LS.tolist() == local.rows_LS.tolist() == [[3, 3, 3, 3]]
+
+
 def test_what_the_policy_itself_does() -> None:
     tokens_G = np.array([2, 1])
     plain = route_operation(TOP_2, PLACEMENT, tokens_G)
@@ -391,6 +456,43 @@ def test_bytes_sent_are_bytes_received(step: RoutedStep) -> None:
             legs = {"per_expert": counts.pairs, "per_rank": counts.copies, "per_node": counts.legs}[protocol]
             expected = as_matrix(legs, (ranks, ranks)) * TINY.row_bytes
             np.testing.assert_array_equal(out[layer] * away_GG, expected * away_GG)
+
+
+@settings(max_examples=100, deadline=None)
+@given(step=routed(), rule=st.sampled_from(["megatron", "tutel", "megablocks"]))
+def test_padding_adds_rows_up_to_the_places_and_moves_none(step: RoutedStep, rule: Any) -> None:
+    limit = Capacity(factor=2.0, rule=rule, pad=True)
+    padded_step = replace(step, policy=replace(step.policy, capacity=limit))
+    for protocol in PROTOCOLS:
+        work, without = padded_step.lower(protocol), step.lower(protocol)
+        assert work.padding is not None
+        assert (work.padding.rows_LS >= 0).all()
+        np.testing.assert_array_equal(work.rows_LS - work.padding.rows_LS, without.rows_LS)
+        np.testing.assert_array_equal(work.pairs_LGG, without.pairs_LGG)
+        tensor = step.layout.expert_tensor
+        assert work.padding.rows_LGG.sum() == work.padding.rows_LS.sum() * tensor
+        np.testing.assert_array_equal((work.pairs_LGG + work.padding.rows_LGG).sum(axis=1), work.received_LG)
+    if tensor > 1:
+        return
+    experts, width = step.placement.experts, step.assignments[0].ids_TK.shape[1]
+    tokens_G = np.bincount(step.source_rank_T, minlength=step.layout.ranks).tolist()
+    for layer, assignment in enumerate(step.assignments):
+        loads_GKE = np.zeros((len(tokens_G), width, experts), dtype=np.int64)
+        for source, ids, kept in zip(step.source_rank_T, assignment.ids_TK, assignment.kept_TK, strict=True):
+            for column in np.flatnonzero(kept):
+                loads_GKE[source, column, ids[column]] += 1
+        chosen_TK = np.where(assignment.chosen_TK, assignment.ids_TK, experts)
+        expected_E = np.zeros(experts, dtype=np.int64)
+        for source, tokens in enumerate(tokens_G):
+            own_TK = chosen_TK[step.source_rank_T == source]
+            fullest_P = [int(np.bincount(own_T, minlength=experts + 1)[:experts].max()) for own_T in own_TK.T]
+            places = sum(limit.places(tokens, width, experts, fullest_P))
+            load_E = loads_GKE[source].sum(axis=0)
+            if (load_E > places).any():
+                return  # its own limit would have dropped some: not a step that this capacity lets through
+            expected_E += places
+        rows_E = np.bincount(step.placement.slot_to_expert_LS[layer], work.rows_LS[layer], minlength=experts)
+        np.testing.assert_array_equal(rows_E, expected_E)
 
 
 @settings(max_examples=100, deadline=None)

@@ -71,6 +71,7 @@ def fake_report(config: Config) -> Report:
         gate_mass=digest[1] / 256,
         dropped_share=0.0,
         rerouted_share=0.0,
+        padding_share=0.0,
         lost_share=0.0,
         bytes_by_tier={},
         expert_flops_per_token=0.0,

@@ -57,6 +57,7 @@ def report(config, step_s, gate_mass):
         gate_mass=gate_mass,
         dropped_share=0.0,
         rerouted_share=0.0,
+        padding_share=0.0,
         lost_share=0.0,
         bytes_by_tier={},
         expert_flops_per_token=0.0,

@@ -5,7 +5,7 @@ All cases run in one group of processes, since starting it takes seconds.
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -15,20 +15,23 @@ from torch.nn.functional import silu
 
 from cost_models.microbench.ranks import RankGroup, run_on_ranks
 from cost_models.ops import Operation, Prediction
+from router.candidates import Candidates
 from router.capacity import Capacity
-from router.context import RouteContext
+from router.context import RouteContext, State
 from router.nn import expert_parallel
-from router.nn.expert_parallel import ExpertParallelMoE, MoEWeights, gate
+from router.nn.expert_parallel import ExpertParallelMoE, MoEWeights, check_runnable, gate
 from router.placement import place
 from router.placement.base import Placement
 from router.policies import RoutingPolicy
+from router.policies.base import Adjustment
 from router.policies.skip import Skip
 from router.policies.top_k import TopK
 from router.policies.top_p import TopP
 from router.replicas import ReplicaChoice
+from router.spill import Spill
 from sim.blocks import blocks_of
 from sim.execution import Execution
-from sim.lower import lower
+from sim.lower import Work, lower
 from traces.errors import InputError
 from traces.model import ModelSpec
 
@@ -43,6 +46,7 @@ class Case:
     tokens_by_rank: tuple[int, int] = (17, 17)
     replica_choice: ReplicaChoice = "even"
     renormalise: bool = True
+    favoured: tuple[int, ...] = ()
 
 
 def _placement(algorithm: str = "contiguous", slots: int = E) -> Placement:
@@ -80,18 +84,77 @@ CASES = {
         placement=_placement(),
         tokens_by_rank=(9, 0),
     ),
+    "padded": Case(
+        policy=RoutingPolicy(selection=TopK(k=2), capacity=Capacity(factor=0.75, pad=True)),
+        placement=_placement("lpt"),
+        tokens_by_rank=(21, 4),
+    ),
+    "padded replicas": Case(
+        policy=RoutingPolicy(selection=TopK(k=2), capacity=Capacity(factor=1.5, pad=True)),
+        placement=_placement("lpt", E + 4),
+    ),
+    "padded replicas at home": Case(
+        policy=RoutingPolicy(selection=TopK(k=2), capacity=Capacity(factor=1.0, pad=True)),
+        placement=_placement("lpt", E + 4),
+        replica_choice="local",
+    ),
+    "padded without tokens": Case(
+        policy=RoutingPolicy(selection=TopK(k=2), capacity=Capacity(factor=1.0, pad=True)),
+        placement=_placement(),
+        tokens_by_rank=(9, 0),
+    ),
+    "padded to the fullest": Case(
+        policy=RoutingPolicy(selection=TopK(k=2), capacity=Capacity(factor=0.0, rule="tutel", pad=True)),
+        placement=_placement("random"),
+        tokens_by_rank=(21, 4),
+    ),
+    "padded pass by pass": Case(
+        policy=RoutingPolicy(selection=TopK(k=2), capacity=Capacity(factor=0.5, rule="megablocks", pad=True)),
+        placement=_placement(),
+        tokens_by_rank=(17, 5),
+    ),
+    "spill": Case(
+        policy=RoutingPolicy(selection=TopK(k=2), capacity=Spill(factor=1.0, least_rows=1, guests=2)),
+        placement=_placement("random"),
+        tokens_by_rank=(21, 4),
+    ),
+    "spill of many": Case(
+        policy=RoutingPolicy(selection=TopK(k=3), capacity=Spill(factor=1.0, least_rows=1, guests=3)),
+        placement=Placement(slot_to_expert_LS=np.array([[4, 0, 2, 5, 3, 1]] * LAYERS), experts=E, ranks=RANKS),
+        favoured=(4, 0, 2),
+    ),
+    "spill beside replicas": Case(
+        policy=RoutingPolicy(selection=TopK(k=2), capacity=Spill(factor=1.0, least_rows=1, guests=1)),
+        placement=_placement("lpt", E + 4),
+        replica_choice="local",
+        tokens_by_rank=(12, 21),
+    ),
+    "spill without tokens": Case(
+        policy=RoutingPolicy(selection=TopK(k=1), capacity=Spill(factor=1.0, least_rows=1, guests=1)),
+        placement=_placement(),
+        tokens_by_rank=(0, 9),
+    ),
+    "spill of too little": Case(
+        policy=RoutingPolicy(selection=TopK(k=2), capacity=Spill(factor=1.0, least_rows=1000, guests=1)),
+        placement=_placement("random"),
+    ),
 }
+SPILLING = [name for name in CASES if name.startswith("spill")]
+PADDED = [name for name in CASES if name.startswith("padded")]
 
 
-def weights() -> list[MoEWeights]:
+def weights(case: Case) -> list[MoEWeights]:
+    """Of both layers; tokens, which have a first element of 1, like the experts that are favoured."""
     generator = torch.Generator().manual_seed(1)
 
     def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator) * shape[-1] ** -0.5
+        return torch.randn(*shape, generator=generator) / math.sqrt(shape[-1])
 
+    liking_ED = torch.zeros(E, D)
+    liking_ED[list(case.favoured), 0] = 20.0
     return [
         MoEWeights(
-            gate_ED=3 * random(E, D),
+            gate_ED=3 * random(E, D) + liking_ED,
             w_gate_EFD=random(E, F, D),
             w_up_EFD=random(E, F, D),
             w_down_EDF=random(E, D, F),
@@ -103,19 +166,24 @@ def weights() -> list[MoEWeights]:
 def inputs(case: Case) -> list[Tensor]:
     """What each rank holds: [L, T of the rank, D]."""
     generator = torch.Generator().manual_seed(2)
-    return [torch.randn(LAYERS, tokens, D, generator=generator) for tokens in case.tokens_by_rank]
+    x_by_rank = [torch.randn(LAYERS, tokens, D, generator=generator) for tokens in case.tokens_by_rank]
+    for x_LTD in x_by_rank if case.favoured else []:
+        x_LTD[:, :, 0] = 1.0
+    return x_by_rank
 
 
 def run_cases(group: RankGroup, names: list[str]) -> dict[str, Any]:
-    """On each rank: every case's outputs, rows by layer and slot, and stages; rank 0 has those of all ranks."""
+    """On each rank: every case's outputs, rows by layer and place, and stages; rank 0 has those of all ranks."""
     rows_by_slot: list[list[int]] = []
-    real_mlp = expert_parallel.expert_mlp
+    real_experts = expert_parallel._experts
 
-    def counting_mlp(rows_ND: Tensor, counts: list[int], *weights: Tensor) -> Tensor:
+    def counting(rows_ND: Tensor, counts: list[int], *others: Any) -> Tensor:
+        assert rows_ND.shape[0] == sum(counts)
         rows_by_slot.append(list(counts))
-        return real_mlp(rows_ND, counts, *weights)
+        out_ND: Tensor = real_experts(rows_ND, counts, *others)
+        return out_ND
 
-    expert_parallel.expert_mlp = counting_mlp
+    expert_parallel._experts = counting  # type: ignore[assignment]
     results = {}
     with torch.no_grad():
         for name in names:
@@ -123,7 +191,7 @@ def run_cases(group: RankGroup, names: list[str]) -> dict[str, Any]:
             rows_by_slot.clear()
             layer = ExpertParallelMoE(
                 group=group,
-                layers=weights(),
+                layers=weights(case),
                 placement=case.placement,
                 policy=case.policy,
                 replica_choice=case.replica_choice,
@@ -174,8 +242,10 @@ def naive_selection(selection: Any, probs: list[float]) -> int:
 
 def naive_capacity(case: Case, chosen: list[dict[str, Any]]) -> list[dict[str, Any]]:
     capacity = case.policy.capacity
-    if capacity is None:
+    if not isinstance(capacity, Capacity) or capacity.factor == 0:
         return chosen
+    if capacity.rule == "megablocks":
+        return naive_passes(case, capacity, chosen)
     kept = []
     scopes = [[0], [1]] if capacity.scope == "source_rank" else [[0, 1]]
     for ranks in scopes:
@@ -189,11 +259,24 @@ def naive_capacity(case: Case, chosen: list[dict[str, Any]]) -> list[dict[str, A
     return kept
 
 
+def naive_passes(case: Case, capacity: Capacity, chosen: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each choice of a token queues for places of its own."""
+    kept = []
+    for rank, tokens in enumerate(case.tokens_by_rank):
+        of_rank = [pair for pair in chosen if pair["rank"] == rank]
+        for choice in range(case.policy.width):
+            for expert in range(E):
+                queue = [pair for pair in of_rank[choice :: case.policy.width] if pair["expert"] == expert]
+                queue.sort(key=lambda pair: -pair["weight"])
+                kept += queue[: int(capacity.factor * (tokens / E)) or None]
+    return kept
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_the_real_run_equals_the_dense_computation(results: dict[str, Any], name: str) -> None:
     case = CASES[name]
     x_by_rank = inputs(case)
-    for layer, of_layer in enumerate(weights()):
+    for layer, of_layer in enumerate(weights(case)):
         expected = naive_layer(case, of_layer, [x_LTD[layer] for x_LTD in x_by_rank])
         for rank in range(RANKS):
             np.testing.assert_allclose(results[name][rank][0][layer], expected[rank].numpy(), atol=1e-5, rtol=1e-5)
@@ -201,13 +284,18 @@ def test_the_real_run_equals_the_dense_computation(results: dict[str, Any], name
 
 @pytest.mark.parametrize("name", CASES)
 def test_ranks_compute_the_rows_that_the_simulator_counts(results: dict[str, Any], name: str) -> None:
+    work = simulated_work(CASES[name])
+    computed_LGS = np.stack([results[name][rank][1] for rank in range(RANKS)], axis=1)
+    np.testing.assert_array_equal(computed_LGS, work.rows_LGS)
+
+
+def simulated_work(case: Case) -> Work:
     """The same candidates as numpy arrays, all ranks' at once, through the policy and `sim.lower`."""
-    case = CASES[name]
     source_rank_T = np.repeat(np.arange(RANKS), case.tokens_by_rank)
     assignments = []
-    for layer, of_layer in enumerate(weights()):
+    for layer, of_layer in enumerate(weights(case)):
         by_rank = [gate(x_LTD[layer], of_layer.gate_ED, rank) for rank, x_LTD in enumerate(inputs(case))]
-        candidates = expert_parallel.Candidates(
+        candidates = Candidates(
             ids_TC=torch.cat([c.ids_TC for c in by_rank]).numpy(),
             probs_TC=torch.cat([c.probs_TC for c in by_rank]).numpy(),
             source_rank_T=source_rank_T,
@@ -216,7 +304,7 @@ def test_ranks_compute_the_rows_that_the_simulator_counts(results: dict[str, Any
         )
         context = RouteContext(layer=layer, ranks=RANKS, renormalise=case.renormalise)
         assignments.append(case.policy.route(candidates, context, {})[0])
-    work = lower(
+    return lower(
         MODEL,
         assignments,
         case.placement,
@@ -224,23 +312,30 @@ def test_ranks_compute_the_rows_that_the_simulator_counts(results: dict[str, Any
         source_rank_T=source_rank_T,
         replica_choice=case.replica_choice,
     )
-    computed_LGS = np.stack([results[name][rank][1] for rank in range(RANKS)], axis=1)
-    np.testing.assert_array_equal(computed_LGS, work.rows_LGS)
 
 
 def test_the_cases_reach_what_they_are_named_for() -> None:
     """Drops, unequal numbers of experts and replicas do happen, so the tests above are not of the empty case."""
-    dropping = {name for name, case in CASES.items() if case.policy.capacity is not None}
-    for name in dropping - {"replicas at home", "a rank without tokens"}:
+    dropping = {name for name, case in CASES.items() if isinstance(case.policy.capacity, Capacity)}
+    not_full = {"replicas at home", "a rank without tokens", "padded replicas", "padded to the fullest"}
+    for name in sorted(dropping - not_full):
         case = CASES[name]
         x_by_rank = [x_LTD[0] for x_LTD in inputs(case)]
         free = Case(**{**vars(case), "policy": RoutingPolicy(selection=case.policy.selection)})
-        with_drops, without = (naive_layer(c, weights()[0], x_by_rank) for c in (case, free))
+        with_drops, without = (naive_layer(c, weights(case)[0], x_by_rank) for c in (case, free))
         assert any((a - b).abs().max() > 1e-2 for a, b in zip(with_drops, without, strict=True) if a.numel()), name
     assert CASES["replicas in turn"].placement.replicas_LE.max() > 1
+    for name in PADDED:
+        assert simulated_work(CASES[name]).padding_share > 0, name
+    moved = {name: simulated_work(CASES[name]).experts_moved_LGG for name in SPILLING}
+    assert all(experts_LGG is not None for experts_LGG in moved.values())
+    totals = {name: int(experts_LGG.sum()) for name, experts_LGG in moved.items()}  # type: ignore[union-attr]
+    assert {name for name, experts in totals.items() if not experts} == {"spill of too little"}
+    assert totals["spill of many"] > LAYERS  # more than one expert in a layer
 
 
-def test_its_stages_are_the_simulators_by_name_and_order(results: dict[str, Any]) -> None:
+@pytest.mark.parametrize("name", ["top-k", "padded", "spill", "spill of too little"])
+def test_its_stages_are_the_simulators_by_name_and_order(results: dict[str, Any], name: str) -> None:
     class Free:
         name = "free"
         included: frozenset[type] = frozenset()
@@ -251,35 +346,85 @@ def test_its_stages_are_the_simulators_by_name_and_order(results: dict[str, Any]
         def seconds(self, operation: Operation) -> Any:
             return self.predict(operation).seconds_X
 
-    case = CASES["top-k"]
-    source_rank_T = np.zeros(1, dtype=np.int64)
-    candidates = gate(torch.zeros(1, D), weights()[0].gate_ED, 0)
-    context = RouteContext(layer=0, ranks=RANKS, renormalise=True)
-    in_numpy = expert_parallel.Candidates(
-        ids_TC=candidates.ids_TC.numpy(),
-        probs_TC=candidates.probs_TC.numpy(),
-        source_rank_T=source_rank_T,
-        experts=E,
-        score_kind="softmax",
-    )
-    assignment, _ = case.policy.route(in_numpy, context, {})
-    work = lower(MODEL, [assignment] * LAYERS, case.placement, policy=case.policy, source_rank_T=source_rank_T)
-    (block,) = blocks_of(work, Free(), Execution(extent="moe"))
+    (block,) = blocks_of(simulated_work(CASES[name]), Free(), Execution(extent="moe"))
     simulated = [stage.name for stage in block.stages]
     for rank in range(RANKS):
-        seconds = results["top-k"][rank][2]
+        seconds = results[name][rank][2]
         assert list(seconds) == simulated
         assert all(s >= 0 for s in seconds.values())
 
 
-def test_capacity_over_all_ranks_is_refused() -> None:
+def test_guests_of_several_ranks_get_their_own_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The third rank hosts experts of the second, then of the first; weights come in the order of their lenders."""
+    rows_GS = np.array([[14, 6, 20, 2, 0, 0, 10, 0]])  # 20, 22, 0 and 10 rows: 13 may stay
+    plan = Spill(factor=1.0, least_rows=1, guests=3).plan(rows_GS, ranks=4)
+    assert [[move.slot for move in plan.guests_of(rank)] for rank in range(4)] == [[], [], [2, 0], [0]]
+    ranks, slots_per_rank = range(4), 2
+    rows_by_slot = torch.randn(8, 3, F, D, generator=torch.Generator().manual_seed(3))
+    own = [
+        MoEWeights(
+            gate_ED=torch.zeros(1, 1),
+            w_gate_EFD=of_rank[:, 0],
+            w_up_EFD=of_rank[:, 1],
+            w_down_EDF=of_rank[:, 2].mT.contiguous(),
+        )
+        for of_rank in torch.split(rows_by_slot, slots_per_rank)
+    ]
+    posted: dict[int, list[Tensor]] = {}
+
+    def exchange(rank: int, deliver: bool) -> MoEWeights | None:
+        def all_to_all(rows_ND: Tensor, sent: list[int], received: list[int]) -> Tensor:
+            posted[rank] = list(torch.split(rows_ND, sent))
+            if not deliver:
+                return rows_ND.new_zeros(sum(received), rows_ND.shape[1])
+            got_ND = torch.cat([posted[source][rank] for source in ranks])
+            assert got_ND.shape[0] == sum(received)
+            return got_ND
+
+        monkeypatch.setattr(expert_parallel, "all_to_all", all_to_all)
+        return expert_parallel._exchange_weights(plan, rank, own[rank])
+
+    for rank in ranks:
+        exchange(rank, deliver=False)
+    for rank in ranks:
+        guests, moves = exchange(rank, deliver=True), plan.guests_of(rank)
+        assert (guests is None) == (not moves)
+        for place_, move in enumerate(moves):
+            assert guests is not None
+            w_gate_FD, w_up_FD, w_down_FD = rows_by_slot[move.slot]
+            torch.testing.assert_close(guests.w_gate_EFD[place_], w_gate_FD)
+            torch.testing.assert_close(guests.w_up_EFD[place_], w_up_FD)
+            torch.testing.assert_close(guests.w_down_EDF[place_], w_down_FD.T)
+
+
+@pytest.mark.parametrize("pad", [False, True])
+def test_capacity_over_all_ranks_is_refused(pad: bool) -> None:
     """A rank knows only its own tokens; the simulator knows them all."""
-    with pytest.raises(InputError, match="a real rank knows only its own tokens"):
+    policy = RoutingPolicy(selection=TopK(k=2), capacity=Capacity(factor=0.75, scope="global", pad=pad))
+    with pytest.raises(InputError, match=r"capacity.scope global: a real rank knows only its own tokens"):
         ExpertParallelMoE(
             group=RankGroup(rank=0, ranks=RANKS, device=torch.device("cpu")),
-            layers=weights(),
+            layers=weights(CASES["top-k"]),
             placement=_placement(),
-            policy=RoutingPolicy(selection=TopK(k=2), capacity=Capacity(factor=0.75, scope="global")),
+            policy=policy,
             replica_choice="even",
             renormalise=True,
         )
+
+
+def test_an_adjustment_over_all_ranks_is_refused() -> None:
+    @dataclass(frozen=True, slots=True, kw_only=True)
+    class Batch(Adjustment):
+        name: ClassVar[str] = "batch"
+        scope: str = "global"
+
+        def adjust(
+            self, used_TC: Any, candidates: Candidates, context: RouteContext, state: State
+        ) -> tuple[Any, State]:
+            return used_TC, state
+
+    top_k = TopK(k=2)
+    with pytest.raises(InputError, match=r"batch.scope global: a real rank knows only its own tokens"):
+        check_runnable(RoutingPolicy(selection=top_k, adjustment=Batch()), ranks=2)
+    check_runnable(RoutingPolicy(selection=top_k, adjustment=Batch()), ranks=1)
+    check_runnable(RoutingPolicy(selection=top_k, adjustment=Batch(scope="source_rank")), ranks=2)
