@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import moeroute as mr
-from router.policies.base import Selection
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SecondIfClose(Selection):
+class SecondIfClose(mr.Selection):
     """The best expert, and the second best where its score is within `margin` of the best."""
 
     name: ClassVar[str] = "second_if_close"

@@ -76,9 +76,10 @@ class StepToPlan:
         stride = tokens // max(_SAMPLE * self.load.experts, _LEAST_SAMPLE)
         if stride < 2:
             return self
-        # Not every n-th one: ranks may take turns.
-        block_N = np.arange(tokens // stride)
-        rows_N = namespace(self.used_TC).asarray(block_N * stride + block_N * 7 % stride, device=self.used_TC.device)
+        # One of each `stride`, drawn alike every time: ranks may take turns, and every n-th token would be of one rank.
+        blocks = tokens // stride
+        drawn_N = np.arange(blocks) * stride + np.random.default_rng(0).integers(0, stride, blocks)
+        rows_N = namespace(self.used_TC).asarray(drawn_N, device=self.used_TC.device)
         return replace(
             self,
             used_TC=self.used_TC[rows_N],

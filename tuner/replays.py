@@ -1,5 +1,6 @@
 """From a scenario to its replays: the trace cut into windows, the cluster and the costs made."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Self
 
@@ -17,6 +18,7 @@ from sim.replay import Fidelity, Replay
 from sim.report import Report
 from sim.timeline import Timeline
 from traces.batching import make_steps, split_requests
+from traces.completion import complete_windows
 from traces.errors import InputError
 from traces.presets import preset
 from traces.store import read_trace
@@ -25,6 +27,7 @@ from traces.trace import RoutingTrace
 from tuner.clusters import make_cluster
 from tuner.costs import make_costs
 from tuner.scenario import Config, Scenario, SyntheticTrace
+from tuner.served import check_policy, fit_space
 
 Window = Literal["tune", "validate"]
 
@@ -39,16 +42,21 @@ class Replays:
     windows: dict[Window, Replay]
 
     @classmethod
-    def of(cls, scenario: Scenario, trace: RoutingTrace | None = None) -> Self:
-        """Read what the scenario names (but for a `trace` that is given); `InputError` if it does not fit together."""
+    def of(
+        cls, scenario: Scenario, trace: RoutingTrace | None = None, parts: Sequence[RoutingTrace] | None = None
+    ) -> Self:
+        """Read what the scenario names, but for a `trace` that is given, and its `parts` (see `parts_of`).
+
+        Errors: `InputError` if it does not fit together.
+        """
         trace = _in_weights(trace or load_trace(scenario), scenario.weights)
-        check_width("config", scenario.config.routing_policy().selection.reads, trace)
         cluster = make_cluster(scenario)
         layout = Layout.on(cluster, **scenario.layout.model_dump())
         check_slots(slots_of(scenario.config, trace), layout.expert_groups, trace.model.experts)
-        scenario = fit_space(scenario, trace, layout.expert_groups)
         costs = make_costs(scenario, cluster)
-        plan, *others = split_requests(trace, scenario.windows.shares)
+        plan, *others = parts or parts_of(scenario, trace)
+        check_policy("config", scenario.config.routing_policy(), others[0])
+        scenario = fit_space(scenario, others[0], layout.expert_groups)
         history = None if plan.gates_TLC is None else RoutingHistory.of(plan)
         names: tuple[Window, Window] = ("tune", "validate")
         windows = {
@@ -107,7 +115,8 @@ class Replays:
         name: str = "",
     ) -> tuple[Report, list[Timeline], list[tuple[Work, ...]]]:
         """Replay one window under one config."""
-        return self.windows[window].run(
+        replay = self.windows[window]
+        report, timelines, works = replay.run(
             config.routing_policy(),
             self.placement(config),
             replica_choice=config.placement.replica_choice,
@@ -115,33 +124,7 @@ class Replays:
             intervals=intervals,
             name=name or config.describe(),
         )
-
-
-def check_width(field: str, width: int, trace: RoutingTrace) -> None:
-    """Raise `InputError` if `field` of a scenario wants more experts a token than the model has or the trace holds."""
-    if width > trace.model.experts:
-        raise InputError(f"{field}: {width} experts a token, but the model has {trace.model.experts}; use fewer")
-    if width > trace.candidates:
-        raise InputError(
-            f"{field}: the policy needs {width} candidates per token; the trace recorded {trace.candidates}"
-        )
-
-
-def fit_space(scenario: Scenario, trace: RoutingTrace, expert_groups: int) -> Scenario:
-    """The scenario with a search space that the trace and cluster can serve.
-
-    The default range of k is cut to the candidates that the trace has, the default slots are the config's. What the
-    user wrote is not touched: `InputError` if it asks for more experts than there are candidates, or for redundant
-    slots that do not divide over the `expert_groups` (ranks, where each has experts of its own).
-    """
-    space = scenario.study.space
-    low, high = space.k
-    fitting = {"k": (low, min(high, trace.candidates)), "redundant_slots": [scenario.config.placement.redundant_slots]}
-    space = space.model_copy(update={name: v for name, v in fitting.items() if name not in space.model_fields_set})
-    check_width("study.space.k", space.k[1], trace)
-    for redundant in space.redundant_slots:
-        check_slots(trace.model.experts + redundant, expert_groups, trace.model.experts)
-    return scenario.model_copy(update={"study": scenario.study.model_copy(update={"space": space})})
+        return replace(report, completed=replay.trace.completed), timelines, works
 
 
 def slots_of(config: Config, trace: RoutingTrace) -> int:
@@ -161,6 +144,20 @@ def load_trace(scenario: Scenario) -> RoutingTrace:
             seed=scenario.seed,
         )
     return read_trace(scenario.trace)
+
+
+def parts_of(scenario: Scenario, trace: RoutingTrace) -> list[RoutingTrace]:
+    """The trace's plan, tune and validate windows, the latter two with as many candidates as the scenario asks for.
+
+    What was not recorded is guessed by a model fitted on the plan window. Errors: `InputError`.
+    """
+    plan, *others = split_requests(_in_weights(trace, scenario.weights), scenario.windows.shares)
+    if scenario.candidates is None:
+        return [plan, *others]
+    try:
+        return [plan, *complete_windows(plan, others, scenario.candidates, scenario.seed)]
+    except InputError as error:
+        raise InputError(f"candidates: {error}") from error
 
 
 def _in_weights(trace: RoutingTrace, weights: str | None) -> RoutingTrace:

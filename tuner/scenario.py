@@ -3,35 +3,28 @@
 Paths are relative to the scenario's own folder. An unknown key is an error, so that no typo passes for a default.
 """
 
-import json
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationError, model_validator
 
 from cost_models.cluster import PRESET_CLUSTERS
 from cost_models.devices import DEVICES, DTYPE_BYTES, known_dtype
 from cost_models.kernel_profile import FRAMEWORKS
-from router.capacity import Capacity
-from router.placement import PLACEMENTS
-from router.policies import SELECTIONS, RoutingPolicy, make_selection
 from sim.execution import GRAPH_BUCKETS, OVERLAP_PACE, Execution, Extent, Overlap
 from sim.faults import Disturbance, Fault
 from sim.lower import Protocol
 from traces.errors import InputError, first_problem
+from tuner.config import Config as Config
+from tuner.config import Strict
+from tuner.space import Space as Space
 
 Count = Annotated[int, Field(ge=1)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Factor = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _TAGS = ("file", "synthetic", "kernels")  # which of its two forms a field has; not part of its name
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class SyntheticTrace(_Strict):
+class SyntheticTrace(Strict):
     """A made-up trace in place of a recorded one, for shapes that nobody has recorded."""
 
     model: str
@@ -40,7 +33,7 @@ class SyntheticTrace(_Strict):
     candidates: int | None = None
 
 
-class ClusterChoice(_Strict):
+class ClusterChoice(Strict):
     """The ranks, what they are and how they reach each other, in one of three ways.
 
     `device` and `ranks`: a GPU by its datasheet's name, on a `fabric` between nodes whose leaves have
@@ -79,14 +72,14 @@ class ClusterChoice(_Strict):
         return self
 
 
-class LayoutChoice(_Strict):
+class LayoutChoice(Strict):
     """How ranks share the model; see `sim.layout.Layout`."""
 
     attention_tensor: int = Field(default=1, ge=1)
     expert_tensor: int = Field(default=1, ge=1)
 
 
-class ExecutionChoice(_Strict):
+class ExecutionChoice(Strict):
     """How an engine runs a step; see `sim.execution.Execution`."""
 
     extent: Extent = "whole"
@@ -104,7 +97,7 @@ class ExecutionChoice(_Strict):
         return Execution(**{**self.model_dump(), "graph_buckets": tuple(self.graph_buckets)})
 
 
-class DisturbanceChoice(_Strict):
+class DisturbanceChoice(Strict):
     """What the event simulation adds; see `sim.faults.Disturbance`. Faults as `rank7=lost@0.012` (seconds)."""
 
     jitter: float = Field(default=0.0, ge=0, allow_inf_nan=False)
@@ -124,7 +117,7 @@ class DisturbanceChoice(_Strict):
         )
 
 
-class Batch(_Strict):
+class Batch(Strict):
     """How tokens form steps."""
 
     phase: Literal["prefill", "decode"]
@@ -133,94 +126,7 @@ class Batch(_Strict):
     kv_tokens_per_rank: int = Field(default=0, ge=0)
 
 
-class CapacityChoice(_Strict):
-    """A capacity limit; see `router.capacity.Capacity`."""
-
-    factor: float = Field(gt=0, allow_inf_nan=False)
-    drop: Literal["position", "probs"] = "probs"
-    scope: Literal["source_rank", "global"] = "source_rank"
-
-
-class PlacementChoice(_Strict):
-    """Where experts go, how many slots beyond one an expert there are, and which replica computes a pair."""
-
-    algorithm: str = "contiguous"
-    redundant_slots: int = Field(default=0, ge=0)
-    replica_choice: Literal["even", "local"] = "even"
-
-    @model_validator(mode="after")
-    def _known_algorithm(self) -> Self:
-        if self.algorithm not in PLACEMENTS:
-            raise ValueError(f"unknown placement {self.algorithm!r}; known are {', '.join(sorted(PLACEMENTS))}")
-        return self
-
-    def describe(self) -> str:
-        """In a few words.
-
-        >>> PlacementChoice(algorithm="lpt", redundant_slots=4, replica_choice="local").describe()
-        'lpt+4 local'
-        """
-        return (
-            f"{self.algorithm}+{self.redundant_slots} {self.replica_choice}" if self.redundant_slots else self.algorithm
-        )
-
-
-class Config(_Strict):
-    """One point of the search: a policy, its parameters, a capacity and a placement."""
-
-    policy: str
-    parameters: dict[str, float] = Field(default_factory=dict)
-    capacity: CapacityChoice | None = None
-    placement: PlacementChoice = PlacementChoice()
-
-    @model_validator(mode="after")
-    def _known_policy(self) -> Self:
-        self.routing_policy()
-        return self
-
-    def routing_policy(self) -> RoutingPolicy:
-        """The policy as the simulator and the real layer run it."""
-        whole = {name: int(value) if float(value).is_integer() else value for name, value in self.parameters.items()}
-        capacity = None if self.capacity is None else Capacity(**self.capacity.model_dump())
-        return RoutingPolicy(selection=make_selection(self.policy, whole), capacity=capacity)
-
-    def key(self) -> str:
-        """What tells it from other configs; the order in which parameters were written does not."""
-        return json.dumps(self.model_dump(mode="json"), sort_keys=True)
-
-    def describe(self) -> str:
-        """In a few words."""
-        return f"{self.routing_policy().describe()} {self.placement.describe()}"
-
-
-class Space(_Strict):
-    """What a study may choose from. Ranges are [low, high]; a list is a choice."""
-
-    policies: list[str] = Field(default=sorted(SELECTIONS), min_length=1)
-    k: tuple[Count, Count] = (1, 8)
-    top_p: tuple[Share, Share] = (0.3, 0.95)
-    skip_threshold: tuple[Share, Share] = (0.05, 0.9)
-    capacity_factor: tuple[Factor, Factor] | None = (0.75, 2.0)
-    capacity_drops: list[Literal["position", "probs"]] = Field(default=["position", "probs"], min_length=1)
-    placements: list[str] = Field(default=sorted(PLACEMENTS), min_length=1)
-    redundant_slots: list[Annotated[int, Field(ge=0)]] = Field(default=[0], min_length=1)
-    replica_choices: list[Literal["even", "local"]] = Field(default=["even", "local"], min_length=1)
-
-    @model_validator(mode="after")
-    def _known_names(self) -> Self:
-        for name in self.policies:
-            if name not in SELECTIONS:
-                raise ValueError(f"unknown policy {name!r}; known are {', '.join(sorted(SELECTIONS))}")
-        for name in self.placements:
-            if name not in PLACEMENTS:
-                raise ValueError(f"unknown placement {name!r}; known are {', '.join(sorted(PLACEMENTS))}")
-        for low, high in (self.k, self.top_p, self.skip_threshold, self.capacity_factor or (0.0, 0.0)):
-            if low > high:
-                raise ValueError(f"range [{low}, {high}] has its ends the wrong way round")
-        return self
-
-
-class StudyChoice(_Strict):
+class StudyChoice(Strict):
     """How long to search and how."""
 
     trials: int = Field(default=100, gt=0)
@@ -228,7 +134,7 @@ class StudyChoice(_Strict):
     space: Space = Space()
 
 
-class Windows(_Strict):
+class Windows(Strict):
     """How the trace's requests divide, in order and in proportion.
 
     Placements are planned on the first part, policies tuned on the second, and the winners validated on the third.
@@ -253,12 +159,13 @@ def _form_of_costs(value: Any) -> str:
     return "datasheet" if value == "datasheet" else "file"
 
 
-class Scenario(_Strict):
+class Scenario(Strict):
     """The whole file. `config` is the baseline.
 
     `costs` is `datasheet`, the path of a profile, or measured kernels: frameworks whose profiles come with moeroute,
     or paths of such profiles, in order of preference. `weights` is the format of the experts' weights, where they do
     not run in the model's own; `dispatch_dtype` that of dispatched tokens, where it is not the activations'.
+    `candidates`: complete the trace to so many experts a token, guessed by a model fitted on the plan window.
     `sampled_layers`: simulate so many MoE layers, each for its neighbours too.
     """
 
@@ -268,6 +175,7 @@ class Scenario(_Strict):
         Annotated[Path, Tag("file")] | Annotated[SyntheticTrace, Tag("synthetic")],
         Discriminator(lambda value: "synthetic" if isinstance(value, dict | SyntheticTrace) else "file"),
     ]
+    candidates: Count | None = None
     cluster: ClusterChoice
     costs: Annotated[
         Annotated[Path, Tag("file")]

@@ -9,7 +9,8 @@ import yaml
 
 from sim.report import Report
 from traces.errors import InputError
-from tuner.replays import Replays, load_trace
+from traces.trace import RoutingTrace
+from tuner.replays import Replays, load_trace, parts_of
 from tuner.scenario import Scenario, parse_scenario
 
 # Short names for what planners vary most; any other field goes by its path in the scenario file.
@@ -18,11 +19,15 @@ FIELDS = {
     "gpu": "cluster.device",
     "top_k": "config.parameters.k",
     "tokens_per_rank": "batch.tokens_per_rank",
+    "price": "config.adjustment.price",
+    "capacity_factor": "config.capacity.factor",
     "placement": "config.placement.algorithm",
     "redundant_slots": "config.placement.redundant_slots",
     "overlap": "execution.overlap",
     "oversubscription": "cluster.oversubscription",
 }
+# What the windows of a trace hang on: they are cut, and completed, once for all points that agree in these.
+_CUT_BY = {"candidates", "windows", "weights", "seed"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +63,7 @@ def what_if(scenario: Scenario, vary: Mapping[str, Sequence[Any]]) -> list[Point
     document = scenario.model_dump(mode="json", by_alias=True, exclude={"study"})  # nothing is searched
     trace = load_trace(scenario)
     points = []
+    parts: dict[str, list[RoutingTrace]] = {}
     for values in product(*vary.values()):
         point = dict(zip(vary, values, strict=True))
         varied = document
@@ -65,7 +71,10 @@ def what_if(scenario: Scenario, vary: Mapping[str, Sequence[Any]]) -> list[Point
             varied = _with(varied, FIELDS.get(name, name).split("."), value, name)
         changed = parse_scenario(varied, source="--vary " + " ".join(f"{n}={v}" for n, v in point.items()))
         try:
-            report = Replays.of(changed, trace).run(changed.config, intervals=True)[0]
+            cut = changed.model_dump_json(include=_CUT_BY)
+            if cut not in parts:
+                parts[cut] = parts_of(changed, trace)
+            report = Replays.of(changed, trace, parts[cut]).run(changed.config, intervals=True)[0]
         except InputError as problem:
             points.append(Point(values=point, report=None, problem=str(problem)))
         else:

@@ -22,11 +22,12 @@ from router.candidates import Candidates
 from router.capacity import Capacity, Limit
 from router.context import RouteContext, State
 from router.history import RoutingHistory
+from router.nn.routing import route
 from router.padding import places_by_scope, places_by_slot
 from router.placement.base import Placement
 from router.policies import RoutingPolicy
 from router.prices import RoutePrices
-from router.replicas import ReplicaChoice, choose_slots
+from router.replicas import ReplicaChoice
 from router.spill import Spill, SpillPlan
 from traces.errors import InputError
 
@@ -141,14 +142,15 @@ class ExpertParallelMoE:
         return outputs, watch.seconds
 
     def _layer(self, layer: int, x_TD: torch.Tensor, watch: Stopwatch) -> torch.Tensor:
-        group, placement, weights = self._group, self._placement, self._layers[layer]
+        group, weights = self._group, self._layers[layer]
 
         candidates = gate(x_TD, weights.gate_ED, group.rank)
         watch.mark("gate")
 
         context = replace(self._context, layer=layer)
-        assignment, self._states[layer] = self._policy.route(candidates, context, self._states[layer])
-        slot_TK = choose_slots(assignment, placement, layer, candidates.source_rank_T, self._replica_choice)
+        assignment, slot_TK, self._states[layer] = route(
+            self._policy, candidates, self._placement, self._replica_choice, context, self._states[layer]
+        )
         watch.mark("route")
 
         packed = (

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from itertools import product
 from typing import Any
 
 import numpy as np
@@ -14,20 +13,20 @@ from cost_models.ops import Operation, Route
 from router.candidates import Candidates
 from router.context import RouteContext
 from router.history import RoutingHistory
+from router.nn.routing import route
 from router.parameters import parameters_of
 from router.part import Part
 from router.placement import place
 from router.policies import ADJUSTMENTS, CAPACITIES, SELECTIONS, RoutingPolicy
 from router.policies.top_k import TopK
 from router.prices import RoutePrices
-from router.replicas import choose_slots
 from traces.model import ModelSpec
 from traces.synthetic import synthetic_trace
 
-_TOKENS = (128, 512, 2048)
+_TOKENS = (128, 512, 2048, 1024)  # every other one is held out: not the ends
 _REPLICAS = "replicas"
 _HISTORY_TOKENS = 512
-# Of choices that change what a part costs, each value is timed; of the others the first.
+# Of choices that change what a part costs, each value is timed, the others at their first; of all others the first.
 _TIMED_CHOICES = ("drop", "reroute")
 
 
@@ -44,7 +43,7 @@ class RouteBenchmark:
 
     def cases(self) -> list[Operation]:
         """Each part at several widths and sizes, in order."""
-        widths = sorted({1, max(self.experts // 4, 1), max(self.experts // 2, 1)})
+        widths = sorted({max(self.experts // 8, 1), max(self.experts // 2, 1)})
         return [
             Route(tokens_X=np.array(tokens), width=width, parts=parts)
             for width in widths
@@ -91,13 +90,9 @@ class RouteBenchmark:
                 node_of_G=np.zeros(ranks, dtype=np.int64),
             ),
         )
-        _, state = policy.route(candidates, context, {})  # a policy that remembers does so from its second step on
-
-        def route() -> None:
-            assignment, _ = policy.route(candidates, context, state)
-            choose_slots(assignment, placement, 0, source_rank_T, "local")
-
-        return route
+        # A policy that remembers does so from its second step on.
+        _, _, state = route(policy, candidates, placement, "local", context, {})
+        return lambda: route(policy, candidates, placement, "local", context, state)
 
 
 def _typical_of(known: Mapping[str, type[Any]], width: int, experts: int) -> list[Any]:
@@ -113,19 +108,24 @@ def _typical_of(known: Mapping[str, type[Any]], width: int, experts: int) -> lis
 def _typical_values(part: type[Part], width: int, experts: int) -> list[dict[str, Any]]:
     groups = next(size for size in (4, 2, 1) if experts % size == 0 and experts // size >= width)
     special = {"groups": groups, "kept_groups": max(groups // 2, -(-width * groups // experts)), "scope": "source_rank"}
-    options: list[list[tuple[str, Any]]] = []
+    plain: dict[str, Any] = {}
     for name, parameter in parameters_of(part).items():
         if name in special:
-            values: list[Any] = [special[name]]
+            plain[name] = special[name]
         elif parameter.choices:
-            values = list(parameter.choices) if name in _TIMED_CHOICES else [parameter.choices[0]]
+            plain[name] = parameter.choices[0]
         elif parameter.experts:
-            values = [width]
+            plain[name] = width
         else:
             middle = (parameter.low + parameter.high) / 2
-            values = [int(middle) if parameter.whole else middle]
-        options.append([(name, value) for value in values])
-    return [dict(chosen) for chosen in product(*options)]
+            plain[name] = int(middle) if parameter.whole else middle
+    others = [
+        plain | {name: value}
+        for name, parameter in parameters_of(part).items()
+        if name in _TIMED_CHOICES
+        for value in parameter.choices[1:]
+    ]
+    return [plain, *others]
 
 
 def _history(experts: int, width: int) -> RoutingHistory:

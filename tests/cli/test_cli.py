@@ -22,7 +22,7 @@ SCENARIO = {
     "batch": {"phase": "prefill", "tokens_per_rank": 64, "steps": 2},
     "config": {"policy": "top_k", "parameters": {"k": 2}},
     "fidelity": "analytic",
-    "study": {"trials": 12, "space": {"k": [1, 4]}},
+    "study": {"trials": 12, "space": {"ranges": {"top_k.k": [1, 4]}}},
 }
 
 
@@ -133,7 +133,7 @@ def test_a_full_disk_leaves_the_old_file_and_no_half_one(folder):
 
 
 def test_an_interrupted_study_says_so_and_goes_on(folder):
-    scenario = changed(folder, "long.yaml", study={"trials": 400, "space": {"k": [1, 4]}})
+    scenario = changed(folder, "long.yaml", study={"trials": 400, "space": {"ranges": {"top_k.k": [1, 4]}}})
     process = subprocess.Popen(
         [*MOEROUTE, "tune", scenario, "-o", "long"],
         cwd=folder,
@@ -154,7 +154,7 @@ def test_an_interrupted_study_says_so_and_goes_on(folder):
 
     done = run(
         "tune",
-        changed(folder, "long.yaml", study={"trials": 8, "space": {"k": [1, 4]}}),
+        changed(folder, "long.yaml", study={"trials": 8, "space": {"ranges": {"top_k.k": [1, 4]}}}),
         "-o",
         "long",
         "--json",

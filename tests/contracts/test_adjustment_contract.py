@@ -1,5 +1,6 @@
 """What every adjustment must hold, on every backend."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,7 +23,7 @@ from router.policies.topology_aware import TopologyAware
 from router.prices import RoutePrices
 
 RANKS = 3
-MAKERS = {
+MAKERS: dict[str, Callable[[float, Any], Adjustment]] = {
     "opportunistic": lambda strength, scope: Opportunistic(k0=1 + int(2 / (strength + 1)), scope=scope),
     "batch_set": lambda strength, scope: BatchSet(active_share=1 / (1 + strength), scope=scope),
     "cache_aware": lambda strength, scope: CacheAware(bonus=strength, cache_share=0.5, protected=1),
@@ -37,7 +38,10 @@ IDLE: dict[str, Adjustment] = {
     "hardware_aware": HardwareAware(price=0.0),
 }
 SCOPES = ("source_rank", "global")
-BACKENDS = {"numpy": np.asarray, "torch": lambda array: torch.as_tensor(np.array(array))}
+BACKENDS: dict[str, Callable[[Any], Any]] = {
+    "numpy": np.asarray,
+    "torch": lambda array: torch.as_tensor(np.array(array)),
+}
 
 every_adjustment = pytest.mark.parametrize("name", sorted(ADJUSTMENTS))
 every_scope = pytest.mark.parametrize("scope", SCOPES)

@@ -1,5 +1,6 @@
 """Prices of choices against the steps that they stand for."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -29,8 +30,8 @@ from traces.presets import preset
 RANKS = 8
 MODEL = replace(preset("gpt-oss-20b"), layers=1, weight_bytes=2.0, weight_dtype="bfloat16")
 CLUSTER = gpu_cluster(device("h100_sxm"), RANKS)
-COSTS = {
-    "roofline": lambda cluster: Roofline(cluster),
+COSTS: dict[str, Callable[[Cluster], CostModel]] = {
+    "roofline": Roofline,
     "kernels": lambda cluster: KernelCosts.shipped(cluster, "trtllm"),
 }
 every_cost_model = pytest.mark.parametrize("costs", sorted(COSTS))

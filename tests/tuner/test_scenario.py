@@ -10,6 +10,7 @@ from study_cases import scenario_document
 
 from cost_models.profile import Profile
 from router.capacity import Capacity
+from router.policies import ADJUSTMENTS, CAPACITIES
 from router.policies.skip import Skip
 from router.policies.top_k import TopK
 from router.policies.top_p import TopP
@@ -90,6 +91,66 @@ def test_a_config_is_the_policy_that_runs() -> None:
     assert skip.routing_policy().selection == Skip(threshold=0.25, k_max=2)
 
 
+def test_a_config_composes_selection_adjustment_and_capacity() -> None:
+    config = Config.model_validate(
+        {
+            "policy": "top_k",
+            "parameters": {"k": 4},
+            "adjustment": {"name": "opportunistic", "k0": 2, "scope": "global"},
+            "capacity": {"name": "capacity_aware", "gamma": 1.5},
+        }
+    )
+    policy = config.routing_policy()
+    assert policy.parts == (
+        TopK(k=4),
+        ADJUSTMENTS["opportunistic"](k0=2, scope="global"),  # type: ignore[call-arg]  # its own parameters
+        CAPACITIES["capacity_aware"](gamma=1.5),  # type: ignore[call-arg]
+    )
+    assert config.describe().startswith("top_k(k=4) opportunistic(k0=2, scope=global) ")
+    assert Config.model_validate(config.model_dump(mode="json")) == config
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"parameters": {"p": 0.5, "k_max": 4}}, {"parameters": {"k_max": 4.0, "p": "5e-1"}}),
+        ({"capacity": {"factor": 1}}, {"capacity": {"name": "capacity", "factor": 1.0, "drop": "probs", "pad": False}}),
+        ({"adjustment": {"name": "opportunistic", "k0": 2}}, {"adjustment": {"k0": 2.0, "name": "opportunistic"}}),
+        ({}, {"adjustment": None, "capacity": None, "placement": {"algorithm": "contiguous"}}),
+    ],
+    ids=["parameters", "capacity", "adjustment", "defaults"],
+)
+def test_two_ways_to_write_a_config_are_one(one: dict[str, Any], other: dict[str, Any]) -> None:
+    base = {"policy": "top_p", "parameters": {"p": 0.5, "k_max": 4}}
+    first, second = Config.model_validate({**base, **one}), Config.model_validate({**base, **other})
+    assert first == second
+    assert first.key() == second.key()
+    assert first.describe() == second.describe()
+
+
+def test_configs_that_differ_have_different_keys() -> None:
+    parts: list[dict[str, Any]] = [
+        {},
+        {"adjustment": {"name": "opportunistic", "k0": 2}},
+        {"adjustment": {"name": "opportunistic", "k0": 1}},
+        {"capacity": {"factor": 1.25}},
+        {"capacity": {"factor": 1.25, "drop": "position"}},
+        {"capacity": {"factor": 1.25, "pad": True}},
+    ]
+    configs = [Config.model_validate({"policy": "top_k", "parameters": {"k": 4}, **part}) for part in parts]
+    assert len({config.key() for config in configs}) == len({config.describe() for config in configs}) == len(parts)
+
+
+SHIPPED = sorted(
+    path for folder in ("moeroute", "examples") for path in (Path(__file__).parents[2] / folder).glob("*.yaml")
+)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_the_scenarios_that_come_with_it_can_be_read(path: Path) -> None:
+    assert read_scenario(path).config.routing_policy().width > 0
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -106,11 +167,32 @@ def test_a_config_is_the_policy_that_runs() -> None:
         ({"cluster__ranks": 0}, "cluster.ranks: input should be greater than 0 (it is 0)"),
         ({"batch__phase": "both"}, "batch.phase: input should be 'prefill' or 'decode' (it is 'both')"),
         ({"batch": None}, "batch: input should be a valid dictionary or instance of Batch (it is None)"),
-        ({"config__capacity": {"factor": 0}}, "config.capacity.factor: input should be greater than 0 (it is 0)"),
+        (
+            {"config__capacity": {"factor": -1}},
+            "config.capacity: policy capacity: factor is -1; only rule tutel takes a negative one",
+        ),
+        (
+            {"config__capacity": {"drop": "probs"}},
+            "config.capacity: capacity capacity takes factor, and if you like drop, scope, rule",
+        ),
+        ({"config__capacity": {"factor": 1, "dorp": "probs"}}, "config.capacity: capacity capacity takes factor, and"),
+        (
+            {"config__capacity": {"factor": 1, "drop": "last"}},
+            "config.capacity: policy capacity: drop is 'last'; use one of position, probs",
+        ),
+        ({"config__capacity": {"name": "best"}}, "config.capacity: unknown capacity 'best'; known are capacity"),
+        ({"config__capacity": 2}, "config.capacity: input should be a valid dictionary or instance of CapacityChoice"),
+        ({"config__adjustment": {"k0": 2}}, "config.adjustment.name: missing; add it"),
+        ({"config__adjustment": {"name": 2}}, "config.adjustment.name: input should be a valid string (it is 2)"),
+        ({"config__adjustment": {"name": "best"}}, "config.adjustment: unknown adjustment 'best'; known are"),
+        ({"config__adjustment": {"name": "top_k", "k": 2}}, "config.adjustment: unknown adjustment 'top_k'; known are"),
         ({"study": {"trials": 0}}, "study.trials: input should be greater than 0 (it is 0)"),
         ({"windows": {"plan": -1}}, "windows.plan: input should be greater than 0 (it is -1)"),
-        ({"config__parameters": {"k": "two"}}, "config.parameters.k: input should be a valid number, unable to parse"),
-        ({"config__policy": "best"}, "config: unknown policy 'best'; known are skip, top_k, top_p"),
+        ({"config__parameters": {"k": "two"}}, "config: policy top_k: k is two; it must be a whole number of at least"),
+        ({"config__parameters": {"k": [2]}}, "config: policy top_k: k is [2]; it must be a whole number of at least 1"),
+        ({"config__parameters": 2}, "config.parameters: input should be a valid dictionary (it is 2)"),
+        ({"config__policy": "best"}, "config: unknown policy 'best'; known are balance_bias, expert_choice,"),
+        ({"config__policy": 2}, "config.policy: input should be a valid string (it is 2)"),
         ({"config__parameters": {"p": 0.5}}, "config: policy top_k takes k; got p"),
         ({"config__parameters": {}}, "config: policy top_k takes k; got nothing"),
         (
@@ -118,9 +200,26 @@ def test_a_config_is_the_policy_that_runs() -> None:
             "config.placement: unknown placement 'best'; known are contiguous, lpt, random",
         ),
         ({"cluster__device": "h9"}, "cluster: unknown device 'h9'; known are cpu, a100_sxm"),
-        ({"study": {"space": {"policies": ["best"]}}}, "study.space: unknown policy 'best'; known are skip"),
-        ({"study": {"space": {"placements": ["best"]}}}, "study.space: unknown placement 'best'; known are contiguous"),
-        ({"study": {"space": {"k": [4, 1]}}}, "study.space: range [4, 1] has its ends the wrong way round"),
+        ({"study": {"space": {"policies": ["best"]}}}, "study.space.policies: unknown policy 'best'; known are"),
+        ({"study": {"space": {"placements": ["best"]}}}, "study.space.placements: unknown placement 'best'; known"),
+        (
+            {"study": {"space": {"capacities": ["top_k"]}}},
+            "study.space.capacities: unknown capacity 'top_k'; known are capacity",
+        ),
+        (
+            {"study": {"space": {"ranges": {"top_k.k": [4, 1]}}}},
+            "study.space.ranges: top_k.k: range [4, 1] has its ends the wrong way round",
+        ),
+        (
+            {"study": {"space": {"ranges": {"top_k.n": [1, 4]}}}},
+            "study.space.ranges: top_k.n: top_k has no such parameter; it has k",
+        ),
+        ({"study": {"space": {"ranges": {"best.k": 4}}}}, "study.space.ranges: best.k: unknown policy 'best'; known"),
+        (
+            {"study": {"space": {"ranges": {"capacity.drop": "last"}}}},
+            "study.space.ranges: capacity.drop: drop is 'last'; use one of position, probs",
+        ),
+        ({"candidates": 0}, "candidates: input should be greater than or equal to 1 (it is 0)"),
         ({"study": {"sampler": "grid"}}, "study.sampler: input should be 'tpe' or 'nsga2' (it is 'grid')"),
     ],
     ids=lambda value: re.sub(r"\W+", "-", str(value))[:40] if isinstance(value, dict) else "",
@@ -169,12 +268,20 @@ def test_a_number_that_no_run_can_use_is_refused(tmp_path: Path, changes: dict[s
 @pytest.mark.parametrize(
     "space",
     [
-        {"k": [0, 4]},
-        {"k": [-2, 4]},
-        {"capacity_factor": [-1.0, 2.0]},
-        {"capacity_factor": [0.0, 2.0]},
+        {"ranges": {"top_k.k": [0, 4]}},
+        {"ranges": {"top_k.k": [-2, 4]}},
+        {"ranges": {"top_k.k": [1.5, 4]}},
+        {"ranges": {"top_p.p": [0.5, 1.5]}},
+        {"ranges": {"top_p.p": [float("nan"), 0.5]}},
+        {"ranges": {"capacity.drop": []}},
+        {"ranges": {"top_k.k": {"values": []}}},
+        {"ranges": {"top_k.k": {"values": [1, 0]}}},
+        {"ranges": {"top_k.k": {"value": 1}}},
         {"redundant_slots": [-1]},
-        {"capacity_drops": []},
+        {"policies": []},
+        {"adjustments": []},
+        {"capacities": []},
+        {"scopes": []},
         {"replica_choices": [], "redundant_slots": [4]},
     ],
     ids=str,
@@ -229,6 +336,15 @@ def test_a_scenario_that_fits_together_runs(tmp_path: Path) -> None:
         ({"config__parameters": {"k": 3}}, "needs 3 candidates per token; the trace recorded 2"),
         ({"cluster__ranks": 16, "batch__tokens_per_rank": 1}, "16 ranks but only 8 expert slots; use at most 8 ranks"),
         ({"cluster__ranks": 3}, "8 expert slots do not divide over 3 ranks; add 1 redundant slots"),
+        (
+            {"config__capacity": {"factor": 1.0, "reroute": "any"}},
+            "config: policy capacity needs more candidates than the 2 that a token uses; the trace recorded 2 of 8",
+        ),
+        (
+            {"config": {"policy": "expert_choice", "parameters": {"factor": 2, "k_max": 2}}},
+            "the trace recorded 2 of 8 candidates a token: record more, or complete the trace with candidates: 8",
+        ),
+        ({"candidates": 9}, "candidates: trace synthetic"),
         ({"trace__model": "mixtral"}, "unknown model 'mixtral'; known are gpt-oss-20b"),
         ({"trace__candidates": 1}, "1 candidates a token; use 2 (top_k) to 8 (experts)"),
         ({"trace__tokens": 300}, "leave a part empty; use more even shares, fewer parts, or a trace of more requests"),
@@ -242,6 +358,9 @@ def test_a_scenario_that_fits_together_runs(tmp_path: Path) -> None:
         "k above C",
         "ranks above slots",
         "slots do not divide",
+        "nowhere to reroute",
+        "too few for full scores",
+        "too many to complete",
         "unknown model",
         "few candidates",
         "one request",

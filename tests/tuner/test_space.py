@@ -1,104 +1,296 @@
-"""The space of a study: every config it suggests is one that the user allowed."""
+"""The space of a study: every config it suggests is one that the user allowed and the trace can serve."""
 
 import math
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from study_cases import scenario_document
 
-from tuner.scenario import Config, Space
-from tuner.space import suggest_config
+from router.nn.expert_parallel import check_runnable
+from router.parameters import parameters_of
+from router.policies import ADJUSTMENTS, CAPACITIES, POLICIES, SELECTIONS
+from traces.errors import InputError
+from tuner.replays import Replays
+from tuner.scenario import Config, Space, parse_scenario
+from tuner.space import RandomSuggestions, suggest_config
+
+NOTHING_ELSE: dict[str, Any] = {"adjustments": ["none"], "capacities": ["none"]}
 
 
 class Draws:
-    """Uniform suggestions in place of Optuna's, as strict about empty ranges as it is."""
+    """Uniform suggestions in place of Optuna's, as strict as it is about empty ranges and steps."""
 
     def __init__(self, seed: int) -> None:
         self._rng = np.random.default_rng(seed)
         self.names: list[str] = []
 
     def suggest_categorical(self, name: str, choices: list[Any]) -> Any:
-        self.names.append(name)
+        self._ask(name)
         assert choices, name
         return choices[int(self._rng.integers(len(choices)))]
 
     def suggest_int(self, name: str, low: int, high: int) -> int:
-        self.names.append(name)
+        self._ask(name)
         assert low <= high, f"{name}: [{low}, {high}]"
         return int(self._rng.integers(low, high + 1))
 
-    def suggest_float(self, name: str, low: float, high: float, *, step: float | None = None) -> float:
-        self.names.append(name)
+    def suggest_float(self, name: str, low: float, high: float, *, step: float) -> float:
+        self._ask(name)
         assert low <= high, f"{name}: [{low}, {high}]"
-        assert step is not None
-        steps = math.floor((high - low) / step + 1e-9)
-        return low + step * int(self._rng.integers(0, steps + 1))
+        steps = (high - low) / step
+        assert math.isclose(steps, round(steps), abs_tol=1e-6), f"{name}: [{low}, {high}] by {step}"
+        return low + step * int(self._rng.integers(0, round(steps) + 1))
+
+    def _ask(self, name: str) -> None:
+        assert name not in self.names, f"{name} is asked for twice"
+        self.names.append(name)
 
 
 def configs(space: Space, count: int = 60) -> list[Config]:
     return [suggest_config(Draws(seed), space) for seed in range(count)]
 
 
-def test_each_policy_brings_its_own_parameters() -> None:
-    by_policy = {config.policy: set(config.parameters) for config in configs(Space())}
-    assert by_policy == {"top_k": {"k"}, "top_p": {"p", "k_max"}, "skip": {"threshold", "k_max"}}
+def fitted(space: dict[str, Any] | None = None, **trace: Any) -> Space:
+    """The space of a small scenario, cut to its trace: Mixtral's 8 experts, of which a token uses 2."""
+    return prepared(space, **trace).scenario.study.space
+
+
+def prepared(space: dict[str, Any] | None = None, **trace: Any) -> Replays:
+    document = scenario_document(
+        trace={"model": "mixtral-8x7b", "tokens": 4096, "zipf": 0.5, **trace},
+        study={"space": space or {}},
+        sampled_layers=1,
+        fidelity="analytic",
+    )
+    return Replays.of(parse_scenario(document, source="a test"))
+
+
+def test_every_policy_is_in_the_default_space() -> None:
+    space = Space()
+    assert [part.name for part in space.parts()] == [*SELECTIONS, *ADJUSTMENTS, *CAPACITIES] == [*POLICIES]
+
+
+def test_each_part_brings_its_own_parameters() -> None:
+    for config in configs(Space(), 300):
+        assert set(config.parameters) == set(parameters_of(SELECTIONS[config.policy]))
+        for choice in (config.adjustment, config.capacity):
+            if choice is not None:
+                assert set(choice.parameters) == set(parameters_of(POLICIES[choice.name]))
 
 
 def test_a_parameter_is_asked_for_only_where_it_means_something() -> None:
     draws = Draws(0)
-    suggest_config(draws, Space(policies=["top_k"], capacity_factor=None))
-    assert draws.names == ["policy", "k", "placement", "redundant_slots"]
+    suggest_config(draws, Space(policies=["top_k"], **NOTHING_ELSE))
+    assert draws.names == ["policy", "top_k.k", "adjustment", "capacity", "placement", "redundant_slots"]
     draws = Draws(0)
-    suggest_config(draws, Space(policies=["top_k"], capacity_factor=None, redundant_slots=[4]))
-    assert draws.names == ["policy", "k", "placement", "redundant_slots", "replica_choice"]
+    suggest_config(draws, Space(policies=["top_k"], **NOTHING_ELSE, redundant_slots=[4]))
+    assert draws.names[-2:] == ["redundant_slots", "replica_choice"]
 
 
-def test_without_a_capacity_factor_there_is_no_capacity() -> None:
-    assert {config.capacity for config in configs(Space(capacity_factor=None))} == {None}
-    limited = [config.capacity for config in configs(Space()) if config.capacity is not None]
-    assert {capacity.drop for capacity in limited} == {"position", "probs"}
+def test_without_capacities_there_is_no_capacity() -> None:
+    assert {config.capacity for config in configs(Space(capacities=["none"]))} == {None}
+    limited = [c.capacity.parameters for c in configs(Space(capacities=["capacity"])) if c.capacity is not None]
+    assert {parameters["drop"] for parameters in limited} >= {"position", "probs"}
 
 
-@pytest.mark.parametrize("policy", ["top_k", "top_p", "skip"])
-def test_a_space_of_one_expert_a_token_can_be_searched(policy: str) -> None:
-    """k: [1, 1] is what a Switch-like model has."""
-    for config in configs(Space(policies=[policy], k=(1, 1)), 5):
-        assert config.routing_policy().width == 1
+def test_parts_look_at_their_own_rank_unless_the_user_says_more() -> None:
+    """A real rank knows no other tokens, and what a study finds is to be validated."""
+    for config in configs(Space(), 300):
+        for choice in (config.adjustment, config.capacity):
+            assert choice is None or choice.parameters.get("scope") in (None, "source_rank")
+        check_runnable(config.routing_policy(), ranks=2)
+    wider = Space(capacities=["capacity"], scopes=["source_rank", "global"])
+    assert {c.capacity.parameters["scope"] for c in configs(wider) if c.capacity} == {"source_rank", "global"}
+    named = Space(capacities=["capacity"], ranges={"capacity.scope": ["global"]})
+    assert {c.capacity.parameters["scope"] for c in configs(named) if c.capacity} == {"global"}
+
+
+@pytest.mark.parametrize(
+    ("written", "drawn"),
+    [([2, 4], {2, 3, 4}), ({"values": [2, 4]}, {2, 4}), ([1, 2, 4], {1, 2, 4}), ([3], {3}), (3, {3}), ([2, 2], {2})],
+    ids=str,
+)
+def test_two_numbers_are_a_range_and_others_are_values(written: Any, drawn: set[int]) -> None:
+    space = Space(policies=["top_k"], ranges={"top_k.k": written})
+    assert {config.parameters["k"] for config in configs(space)} == drawn
+
+
+def test_a_range_over_decades_is_drawn_in_its_logarithm() -> None:
+    space = Space(policies=["balance_bias"], **NOTHING_ELSE, ranges={"balance_bias.rate": [1e-4, 1e-1]})
+    rates = [config.parameters["rate"] for config in configs(space, 600)]
+    assert min(rates) == 1e-4
+    assert max(rates) == 1e-1
+    # 61 values, 20 in each of three decades and one at the end.
+    by_decade = [sum(low <= rate < 10 * low for rate in rates) / 600 for low in (1e-4, 1e-3, 1e-2)]
+    assert all(0.25 < share < 0.41 for share in by_decade)
 
 
 @st.composite
-def ranges(draw: st.DrawFn, low: float, high: float) -> tuple[float, float]:
+def ranges(draw: st.DrawFn, low: float, high: float) -> list[float]:
     one, other = (round(draw(st.floats(low, high)), 4) for _ in range(2))
-    return min(one, other), max(one, other)
+    return [min(one, other), max(one, other)]
 
 
 @settings(max_examples=200, deadline=None)
 @given(
-    k=st.tuples(st.integers(1, 8), st.integers(2, 8)).map(lambda pair: (min(pair), max(pair))),
+    k=st.tuples(st.integers(1, 8), st.integers(1, 8)).map(sorted),
     top_p=ranges(0.01, 1.0),
     threshold=ranges(0.01, 1.0),
     factor=ranges(0.1, 4.0),
     seed=st.integers(0, 2**16),
 )
 def test_every_suggestion_lies_in_the_ranges(
-    k: tuple[int, int],
-    top_p: tuple[float, float],
-    threshold: tuple[float, float],
-    factor: tuple[float, float],
-    seed: int,
+    k: Sequence[int], top_p: Sequence[float], threshold: Sequence[float], factor: Sequence[float], seed: int
 ) -> None:
-    space = Space(k=k, top_p=top_p, skip_threshold=threshold, capacity_factor=factor)
+    written = {
+        "top_k.k": k,
+        "top_p.k_max": k,
+        "skip.k_max": k,
+        "top_p.p": top_p,
+        "skip.threshold": threshold,
+        "capacity.factor": factor,
+    }
+    space = Space(policies=["top_k", "top_p", "skip"], capacities=["none", "capacity"], ranges=written)
     config = suggest_config(Draws(seed), space)
-    for name, (low, high) in {"k": k, "k_max": k, "p": top_p, "threshold": threshold}.items():
-        if name in config.parameters:
-            assert low <= config.parameters[name] <= high, name
+    for name, value in config.parameters.items():
+        low, high = written[f"{config.policy}.{name}"]
+        assert low <= value <= high, name
     if config.capacity is not None:
-        assert factor[0] <= config.capacity.factor <= factor[1]
+        assert factor[0] <= config.capacity.parameters["factor"] <= factor[1]
+
+
+@settings(max_examples=300, deadline=None)
+@given(seed=st.integers(0, 2**16))
+def test_every_suggestion_of_the_default_space_lies_in_what_is_declared(seed: int) -> None:
+    config = suggest_config(Draws(seed), Space())
+    assert Config.model_validate(config.model_dump(mode="json")) == config
+    for part in config.routing_policy().parts:
+        for name, parameter in parameters_of(part).items():
+            value = getattr(part, name)
+            if parameter.choices:
+                assert value in parameter.choices
+            elif not parameter.experts:
+                assert parameter.low <= value <= parameter.high, f"{part.name}.{name}"
 
 
 def test_steps_are_coarse_enough_to_meet_the_same_config_again() -> None:
-    space = Space(policies=["top_p"], k=(2, 2), top_p=(0.3, 0.4), capacity_factor=None, placements=["lpt"])
+    space = Space(policies=["top_p"], ranges={"top_p.k_max": 2, "top_p.p": [0.3, 0.4]}, placements=["lpt"])
     shares = {config.parameters["p"] for config in configs(space, 300)}
     assert shares == {round(0.3 + 0.01 * step, 2) for step in range(11)}
+
+
+def test_an_adjustment_counts_no_more_experts_than_a_token_has() -> None:
+    space = Space(policies=["top_k"], adjustments=["opportunistic"], ranges={"top_k.k": [1, 3]})
+    for config in configs(space):
+        assert config.adjustment is not None
+        assert config.adjustment.parameters["k0"] <= config.parameters["k"]
+
+
+@pytest.mark.parametrize("candidates", [2, 4, 8])
+def test_whatever_the_default_space_suggests_runs_on_its_trace(candidates: int) -> None:
+    """Mixtral's own two candidates, some more, and all eight."""
+    replays = prepared(candidates=candidates)
+    generator = RandomSuggestions(seed=candidates)
+    met = set()
+    for _ in range(120):
+        config = suggest_config(generator, replays.scenario.study.space)
+        report, _, _ = replays.run(config)
+        assert report.step_s > 0
+        met |= {config.policy, *(choice.name for choice in (config.adjustment, config.capacity) if choice)}
+    assert met == {part.name for part in replays.scenario.study.space.parts()}
+
+
+def test_the_default_space_has_what_the_trace_can_serve() -> None:
+    full, few = fitted(candidates=8), fitted(candidates=2)
+    assert {*full.policies} == {*SELECTIONS} - {"null_experts"}
+    assert {*few.policies} == {*SELECTIONS} - {
+        "null_experts",
+        "group_limited",
+        "expert_choice",
+        "balance_bias",
+        "partners",
+    }
+    for name, part in ADJUSTMENTS.items():
+        assert name in full.adjustments
+        assert (name in few.adjustments) == ("more candidates than k" not in part.needs)
+    assert full.range(CAPACITIES["capacity"], "reroute").values == ("none", "same_rank", "any")
+    assert few.range(CAPACITIES["capacity"], "reroute").values == ("none",)
+    # 2 candidates a token, or 7 of the 8 where some part needs another to choose from; no cut where all are recorded.
+    assert few.range(SELECTIONS["top_k"], "k").most == 2
+    assert fitted(candidates=7).range(SELECTIONS["top_k"], "k").most == 6
+    assert full.range(SELECTIONS["top_k"], "k").most == 8
+    # Groups of 2 experts at least, since a token uses 2: 2 groups of 4, 4 of 2; at most the 2 experts of one group.
+    assert full.range(SELECTIONS["group_limited"], "groups").values == (2, 4)
+    assert full.range(SELECTIONS["group_limited"], "k").most == 2
+
+
+@pytest.mark.parametrize(
+    ("space", "message"),
+    [
+        ({"policies": ["expert_choice"]}, "study.space.policies: expert_choice needs the scores of all experts; the "),
+        ({"policies": ["null_experts"]}, "study.space.policies: null_experts needs null experts, and mixtral-8x7b has"),
+        (
+            {"adjustments": ["hardware_aware"]},
+            "study.space.adjustments: hardware_aware needs more candidates than the 2",
+        ),
+        ({"ranges": {"top_k.k": [1, 3]}}, "study.space.ranges.top_k.k: the policy needs 3 candidates per token; the "),
+        ({"ranges": {"top_k.k": [1, 9]}}, "study.space.ranges.top_k.k: 9 experts a token, but the model has 8"),
+        ({"ranges": {"capacity.reroute": ["none", "any"]}}, "study.space.ranges.capacity.reroute: any needs more "),
+    ],
+    ids=["full scores", "null experts", "more candidates", "k above C", "k above E", "a choice"],
+)
+def test_what_the_user_wrote_and_the_trace_cannot_serve_is_refused(space: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError) as refused:
+        fitted(space, candidates=2)
+    assert str(refused.value).startswith(message)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ({"groups": [3, 3], "k": 2}, "finds no number of groups that divides the 8 experts"),
+        ({"groups": {"values": [4]}, "k": 4, "kept_groups": 1}, "may draw 4 experts from 1 of 4 groups of 2"),
+        ({"groups": {"values": [2]}, "k": 2, "kept_groups": 4}, "or 4 of 2 groups; narrow group_limited.k"),
+    ],
+    ids=["no divisor", "too small", "too many"],
+)
+def test_groups_that_cannot_be_are_refused(written: dict[str, Any], message: str) -> None:
+    space = {"policies": ["group_limited"], "ranges": {f"group_limited.{name}": v for name, v in written.items()}}
+    with pytest.raises(InputError) as refused:
+        fitted(space, candidates=8)
+    assert message in str(refused.value)
+
+
+def test_a_written_range_of_groups_gives_those_that_divide_the_experts() -> None:
+    space = fitted({"policies": ["group_limited"], "ranges": {"group_limited.groups": [2, 6]}}, candidates=8)
+    assert {config.parameters["groups"] for config in configs(space)} == {2, 4}
+
+
+def test_completed_candidates_serve_more(tmp_path: Path) -> None:
+    document = scenario_document(
+        trace={"model": "mixtral-8x7b", "tokens": 4096, "zipf": 0.5},
+        candidates=4,
+        config={"policy": "top_k", "parameters": {"k": 3}},
+        sampled_layers=1,
+    )
+    replays = Replays.of(parse_scenario(document, source="a test"))
+    assert "partners" in replays.scenario.study.space.policies
+    assert replays.windows["tune"].trace.candidates == 4
+    assert replays.trace.candidates == 2  # what was recorded, which a journal's identity is of
+    report, _, _ = replays.run(replays.scenario.config)
+    assert report.completed
+    assert report.to_json()["completed"] is True
+    plain = Replays.of(parse_scenario(scenario_document(trace=document["trace"]), source="a test"))
+    assert not plain.run(plain.scenario.config)[0].completed
+
+
+def test_what_cannot_be_completed_is_said() -> None:
+    document = scenario_document(trace={"model": "mixtral-8x7b", "tokens": 4096, "zipf": 0.5}, candidates=2)
+    with pytest.raises(InputError, match=r"^candidates: .*complete 2 candidates to 2; use 3 to 8 \(experts\)"):
+        Replays.of(parse_scenario(document, source="a test"))

@@ -225,9 +225,9 @@ def test_a_config_written_in_another_order_is_the_same_config(tmp_path: Path) ->
         config={"policy": "top_p", "parameters": {"k_max": 2, "p": 0.5}},
         space={
             "policies": ["top_p"],
-            "k": [2, 2],
-            "top_p": [0.5, 0.5],
-            "capacity_factor": None,
+            "adjustments": ["none"],
+            "capacities": ["none"],
+            "ranges": {"top_p.k_max": 2, "top_p.p": [0.5, 0.5]},
             "placements": ["contiguous"],
         },
     )

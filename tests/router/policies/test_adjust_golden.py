@@ -112,8 +112,13 @@ def test_cached_experts_win_by_the_bonus_and_protected_ones_stay() -> None:
 def test_the_cache_forgets_what_was_used_longest_ago() -> None:
     policy = CacheAware(bonus=1.0, cache_share=0.5)
     # Of four experts two fit: those last used in steps 5 and 4. One that was never used does not fill the cache.
-    assert policy.cached(np.array([3, 5, 4, -1]), np.ones(4), 4).tolist() == [False, True, True, False]
-    assert policy.cached(np.array([-1, 5, -1, -1]), np.ones(4), 4).tolist() == [False, True, False, False]
+    assert policy.cached(np.array([3, 5, 4, -1]), np.ones(4, dtype=np.int64), 4).tolist() == [False, True, True, False]
+    assert policy.cached(np.array([-1, 5, -1, -1]), np.ones(4, dtype=np.int64), 4).tolist() == [
+        False,
+        True,
+        False,
+        False,
+    ]
 
 
 def test_a_far_expert_must_be_better_by_its_way() -> None:

@@ -15,6 +15,7 @@ from router.context import RouteContext
 from router.openings import Served, in_units, serve_open, serve_priced, served
 from router.policies.hardware_aware import HardwareAware
 from router.prices import RoutePrices
+from router.route_plan import StepToPlan
 from router.step_load import StepLoad
 
 RANKS = 4
@@ -126,6 +127,27 @@ def test_a_large_step_closes_experts_by_a_sample_of_its_tokens() -> None:
         _, adjusted_TC = adjusted(candidates, 0.3, prices)
         active_E = np.bincount(candidates.ids_TC[adjusted_TC], minlength=16) > 0
         assert active_E.reshape(RANKS, -1).sum(axis=1).tolist() == [2] * RANKS
+
+
+def test_a_sample_has_tokens_of_every_source_also_where_they_take_turns() -> None:
+    candidates = step_of(0, tokens=4096, experts=16)
+    step = StepToPlan(
+        used_TC=np.arange(16) < np.full((4096, 1), 4),
+        scores_TC=in_units(candidates.probs_TC),
+        ids_TC=candidates.ids_TC,
+        source_T=candidates.source_rank_T,
+        load=StepLoad.of(REGIMES["all"], 0, experts=16, source=None, ranks=RANKS),
+        price=1.0,
+        may_skip=True,
+    )
+    sample = step.sample()
+    # 256 tokens, each for 16: the load of a rank is that of the whole step, give or take.
+    assert np.bincount(sample.source_T, minlength=RANKS).min() > 256 / RANKS / 2
+    assert sample.load.row_s == 16 * step.load.row_s
+    whole, part = (
+        served(s.used_TC, s.scores_TC, s.ids_TC, s.source_T, sources=RANKS, experts=16) for s in (step, sample)
+    )
+    assert sample.load.seconds(part.rows_XE) == pytest.approx(step.load.seconds(whole.rows_XE), rel=0.15)
 
 
 @st.composite

@@ -1,0 +1,155 @@
+"""Served: what of the policies a trace can serve, and the search space cut to that."""
+
+from router.parameters import parameters_of
+from router.part import Part
+from router.placement.base import check_slots
+from router.policies import POLICIES, RoutingPolicy, needs_with
+from router.policies.group_limited import GroupLimited
+from traces.errors import InputError
+from traces.trace import RoutingTrace
+from tuner.scenario import Scenario, Space
+from tuner.space import NONE, Values, Written
+
+_GROUPS = "group_limited.groups"
+_MORE = "more candidates than k"
+_ASKED_BY = ("policies", "adjustments", "capacities")
+
+
+def check_policy(field: str, policy: RoutingPolicy, trace: RoutingTrace) -> None:
+    """Raise `InputError` if the policy that `field` of a scenario names asks for what the trace has not."""
+    check_width(field, policy.selection.reads, trace)
+    for part in policy.parts:
+        if lack := _lacking(part.needs, trace, width=policy.width):
+            raise InputError(f"{field}: policy {part.name} {lack}")
+
+
+def check_width(field: str, width: int, trace: RoutingTrace) -> None:
+    """Raise `InputError` if `field` of a scenario wants more experts a token than the model has or the trace holds."""
+    if width > trace.model.all_experts:
+        raise InputError(f"{field}: {width} experts a token, but the model has {trace.model.all_experts}; use fewer")
+    if width > trace.candidates:
+        raise InputError(
+            f"{field}: the policy needs {width} candidates per token; the trace recorded {trace.candidates}"
+        )
+
+
+def fit_space(scenario: Scenario, trace: RoutingTrace, expert_groups: int) -> Scenario:
+    """The scenario with a search space that the trace and cluster can serve.
+
+    Out of what is default go the parts, and the choices of a parameter, that ask for what the trace has not; default
+    counts of experts end at its candidates, below them where some part needs others to choose from; the default slots
+    are the config's. What the user wrote is not touched: `InputError` if it asks for more than there is, or for
+    redundant slots that do not divide over the `expert_groups` (ranks, where each has experts of its own).
+    """
+    space = _fit_parts(scenario.study.space, trace)
+    if "redundant_slots" not in space.model_fields_set:
+        space = space.model_copy(update={"redundant_slots": [scenario.config.placement.redundant_slots]})
+    for redundant in space.redundant_slots:
+        check_slots(trace.model.experts + redundant, expert_groups, trace.model.experts)
+    space = space.model_copy(update={"ranges": _fit_ranges(space, trace)})
+    return scenario.model_copy(update={"study": scenario.study.model_copy(update={"space": space})})
+
+
+def _fit_parts(space: Space, trace: RoutingTrace) -> Space:
+    fitting = {}
+    for field in _ASKED_BY:
+        names: list[str] = getattr(space, field)
+        lacks = {name: _lacking(POLICIES[name].needs, trace) for name in names if name != NONE}
+        if field in space.model_fields_set:
+            for name, lack in lacks.items():
+                if lack:
+                    raise InputError(f"study.space.{field}: {name} {lack}, or leave it out")
+        fitting[field] = [name for name in names if not lacks.get(name)]
+    if GroupLimited.name in fitting["policies"] and not _legal_groups(space, trace):
+        if "policies" in space.model_fields_set:
+            raise InputError(
+                f"study.space.policies: group_limited finds no number of groups that divides the "
+                f"{trace.model.all_experts} experts into groups of at least {_grouped_k(space, trace)}; leave it out, "
+                "or narrow study.space.ranges.group_limited.k"
+            )
+        fitting["policies"].remove(GroupLimited.name)
+    return space.model_copy(update=fitting)
+
+
+def _fit_ranges(space: Space, trace: RoutingTrace) -> dict[str, Written]:
+    """The written ranges, and some for default ones that go too far. `InputError` where what the user wrote does."""
+    fitting: dict[str, Written] = {}
+    for part in space.parts():
+        for name, parameter in parameters_of(part).items():
+            key, drawn = f"{part.name}.{name}", space.range(part, name)
+            if parameter.choices:
+                lacks = {value: _lacking(needs_with(part, name, value), trace) for value in drawn.values}
+                refused = [value for value, lack in lacks.items() if lack]
+                if refused and key in space.ranges:
+                    raise InputError(f"study.space.ranges.{key}: {refused[0]} {lacks[refused[0]]}, or leave it out")
+                if refused:
+                    fitting[key] = Values(values=[value for value in drawn.values if value not in refused])
+            elif parameter.experts and key in space.ranges:
+                check_width(f"study.space.ranges.{key}", drawn.most, trace)
+    if GroupLimited.name in space.policies:
+        fitting |= _fit_groups(space, trace)
+    cut = space.model_copy(update={"ranges": {**fitting, **space.ranges}})
+    others = any(_MORE in needs for part in cut.parts() for needs in _all_needs(cut, part))
+    most = trace.candidates - (1 if others and trace.candidates < trace.model.all_experts else 0)
+    for part in cut.parts():
+        for name, parameter in parameters_of(part).items():
+            key, drawn = f"{part.name}.{name}", cut.range(part, name)
+            if parameter.experts and key not in space.ranges and drawn.most > most:
+                fitting[key] = [min(int(drawn.least), most), most]
+    legal = {key: fitting[key] for key in fitting if key == _GROUPS}  # of written ones too, only those that divide
+    return {**fitting, **space.ranges, **legal}
+
+
+def _all_needs(space: Space, part: type[Part]) -> list[tuple[str, ...]]:
+    """What a part needs, whatever the choices of its parameters."""
+    return [part.needs] + [
+        needs_with(part, name, value)
+        for name, parameter in parameters_of(part).items()
+        if parameter.choices
+        for value in space.range(part, name).values
+    ]
+
+
+def _fit_groups(space: Space, trace: RoutingTrace) -> dict[str, Written]:
+    """Ranges of `group_limited` in which every draw is a legal one."""
+    legal = _legal_groups(space, trace)
+    size = trace.model.all_experts // max(legal)
+    k, kept = space.range(GroupLimited, "k"), space.range(GroupLimited, "kept_groups")
+    most_k = k.most if "group_limited.k" in space.ranges else min(k.most, size * int(kept.least))
+    if most_k > size * kept.least or kept.least > min(legal):
+        raise InputError(
+            f"study.space.ranges: group_limited may draw {most_k} experts from {kept.least} of {max(legal)} groups of "
+            f"{size}, or {kept.least} of {min(legal)} groups; narrow group_limited.k, .groups or .kept_groups"
+        )
+    fitting: dict[str, Written] = {_GROUPS: Values(values=legal)}
+    if most_k < k.most:
+        fitting["group_limited.k"] = [min(int(k.least), most_k), most_k]
+    return fitting
+
+
+def _legal_groups(space: Space, trace: RoutingTrace) -> list[int]:
+    """The numbers of groups that divide the experts; of default ones those whose groups hold a token's experts."""
+    groups, experts = space.range(GroupLimited, "groups"), trace.model.all_experts
+    counts = groups.values or tuple(range(int(groups.low), int(groups.high) + 1))
+    at_least = 1 if _GROUPS in space.ranges else _grouped_k(space, trace)
+    return [count for count in counts if experts % count == 0 and experts // count >= at_least]
+
+
+def _grouped_k(space: Space, trace: RoutingTrace) -> int:
+    most_k = int(space.range(GroupLimited, "k").most)
+    return most_k if "group_limited.k" in space.ranges else min(most_k, trace.model.top_k)
+
+
+def _lacking(needs: tuple[str, ...], trace: RoutingTrace, width: int | None = None) -> str:
+    """What the trace lacks of `needs`, with the mend; empty where it lacks nothing. `width`: experts a token."""
+    model, candidates = trace.model, trace.candidates
+    width = model.top_k if width is None else width
+    if "null experts" in needs and not model.null_experts:
+        return f"needs null experts, and {model.name} has none: use a trace of a model that has"
+    recorded = f"the trace recorded {candidates} of {model.all_experts} candidates a token"
+    mend = "record more, or complete the trace with candidates"
+    if "full scores" in needs and candidates < model.all_experts:
+        return f"needs the scores of all experts; {recorded}: {mend}: {model.all_experts}"
+    if _MORE in needs and candidates <= width < model.all_experts:
+        return f"needs more candidates than the {width} that a token uses; {recorded}: {mend}: {model.all_experts}"
+    return ""
