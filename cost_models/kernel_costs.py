@@ -330,10 +330,17 @@ class KernelCosts:
         return float(self.seconds(_SHORTEST)), min(share, 1.0)
 
     def _by_reach(self, operation: Operation) -> Prediction:
-        """What has no table: a kernel's least time, and the datasheet's bound at the share of it that kernels reach."""
+        """What has no table: kernels' least time, and the datasheet's bound at the share of it that kernels reach.
+
+        A policy takes a kernel for each time that it goes over the candidates.
+        """
         launch_s, reach = self._reach
         bound_X = self._roofline.seconds(operation)
-        launches = operation.kernels_X if isinstance(operation, Launch) else 1
+        launches: Any = 1
+        if isinstance(operation, Launch):
+            launches = operation.kernels_X
+        elif isinstance(operation, Route):
+            launches = operation.passes
         seconds_X = np.asarray(launch_s * np.asarray(launches) + bound_X / reach)
         return Prediction(
             seconds_X=seconds_X, low_s_X=None, high_s_X=None, extrapolated_X=np.ones(seconds_X.shape, dtype=bool)

@@ -159,6 +159,7 @@ class Replay:
                     layer=layer,
                     ranks=self.cluster.ranks,
                     renormalise=self.trace.model.renormalise,
+                    top_k=self.trace.model.top_k,
                     history=self.history,
                     prices=prices,
                 )

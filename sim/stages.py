@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from cost_models.ops import CostModel, Operation, Prediction, TokenExchange
+from cost_models.ops import CostModel, Operation, Prediction, Route, TokenExchange
 
 Stream = Literal["compute", "communication"]
 # Kernels that a stage launches where no graph replays them.
@@ -112,7 +112,13 @@ class Pricing:
         return [replace(self._stage(name, "communication", predictions), **details)] if predictions else []
 
     def _predict(self, operations: Sequence[Operation]) -> list[Prediction]:
-        return [self.costs.predict(o) for o in operations if type(o) not in self.costs.included]
+        return [self.costs.predict(o) for o in operations if not self._is_included(o)]
+
+    def _is_included(self, operation: Operation) -> bool:
+        """Whether a kernel does it beside its own work; engines' kernels route by top-k, and by nothing else."""
+        if isinstance(operation, Route) and operation.parts != ("top_k",):
+            return False
+        return type(operation) in self.costs.included
 
     def _stage(self, name: str, stream: Stream, predictions: Sequence[Prediction]) -> Stage:
         """One stage of operations that follow one another, priced by layer and rank, or by layer for all ranks."""

@@ -118,6 +118,7 @@ class ExpertParallelMoE:
         policy: RoutingPolicy,
         replica_choice: ReplicaChoice,
         renormalise: bool,
+        top_k: int = 0,
         history: RoutingHistory | None = None,
         prices: RoutePrices | None = None,
     ) -> None:
@@ -128,7 +129,7 @@ class ExpertParallelMoE:
         self._spill = policy.capacity if isinstance(policy.capacity, Spill) else None
         self._replica_choice = replica_choice
         self._context = RouteContext(
-            layer=0, ranks=group.ranks, renormalise=renormalise, history=history, prices=prices
+            layer=0, ranks=group.ranks, renormalise=renormalise, top_k=top_k, history=history, prices=prices
         )
         self._states: list[State] = [{} for _ in layers]
         first_slot = group.rank * placement.slots_per_rank

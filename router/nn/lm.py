@@ -170,7 +170,12 @@ class LanguageModel(nn.Module):
         for layer, block in enumerate(self._blocks()):
             x_BSD = x_BSD + block.attention(block.norm_attention(x_BSD), self.turn_2SX[:, : tokens_BS.shape[1]])
             context = RouteContext(
-                layer=layer, ranks=ranks, renormalise=self.config.renormalise, history=history, prices=prices
+                layer=layer,
+                ranks=ranks,
+                renormalise=self.config.renormalise,
+                top_k=self.config.top_k,
+                history=history,
+                prices=prices,
             )
             out_TD, assignment, state = block.moe.routed(
                 block.norm_moe(x_BSD).flatten(0, 1), policy, context, source_rank_T, states[layer] if states else {}

@@ -23,6 +23,7 @@ from router.policies import RoutingPolicy
 from router.prices import RoutePrices
 from router.replicas import ReplicaChoice
 from traces.batching import Step
+from traces.errors import InputError
 from traces.model import ModelSpec
 from traces.trace import RoutingTrace
 
@@ -75,6 +76,7 @@ def measure_deployments(
 
     Errors: `InputError` if the trace is not the reference model's, `DeviceError` if the device is missing.
     """
+    _check_model(reference.spec)
     for deployment in deployments:
         check_runnable(deployment.policy, deployment.placement.ranks)
     x_LTD = layer_inputs(reference, trace)
@@ -95,6 +97,20 @@ def measure_deployments(
         seed=seed,
     )
     return run_on_ranks(_measure_rank, plan, ranks=deployments[0].placement.ranks, device=device)
+
+
+def _check_model(model: ModelSpec) -> None:
+    """The ranks run a softmax gate and routed experts alone."""
+    for field, differs in (
+        ("gate", model.gate != "softmax"),
+        ("shared_experts", model.shared_experts > 0),
+        ("null_experts", model.null_experts > 0),
+    ):
+        if differs:
+            raise InputError(
+                f"model {model.name}: {field} is {getattr(model, field)}; a measured run has softmax gates and routed "
+                "experts alone: simulate it"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,6 +136,7 @@ def _measure_rank(group: RankGroup, plan: _Plan) -> MeasuredRun:
             policy=deployment.policy,
             replica_choice=deployment.replica_choice,
             renormalise=plan.model.renormalise,
+            top_k=plan.model.top_k,
             history=deployment.history,
             prices=deployment.prices,
         )

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from inspect import getdoc
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 from router.assignment import Assignment
 from router.candidates import Candidates
@@ -12,7 +12,7 @@ from router.context import RouteContext, State
 from router.parameters import parameters_of
 from router.part import Part
 from router.policies.balance_bias import BalanceBias
-from router.policies.base import Adjustment, Selection, assign, widen
+from router.policies.base import Adjustment, Selection, assign, trained_weights, widen
 from router.policies.batch_set import BatchSet
 from router.policies.cache_aware import CacheAware
 from router.policies.capacity_aware import CapacityAware
@@ -53,6 +53,8 @@ ADJUSTMENTS: dict[str, type[Adjustment]] = {
 }
 CAPACITIES: dict[str, type[Limit]] = {part.name: part for part in (Capacity, CapacityAware, Spill)}
 POLICIES: Mapping[str, type[Part]] = {**SELECTIONS, **ADJUSTMENTS, **CAPACITIES}
+Weights = Literal["renormalised", "trained"]
+WEIGHTS: tuple[Weights, ...] = get_args(Weights)
 _P = TypeVar("_P", bound=Part)
 
 
@@ -87,11 +89,16 @@ def _make(known: Mapping[str, type[_P]], name: str, parameters: Mapping[str, Any
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoutingPolicy:
-    """Select, adjust, then limit: what a simulator and a real layer run at every step of every layer."""
+    """Select, adjust, then limit: what a simulator and a real layer run at every step of every layer.
+
+    `weights` matter where the model scales them to one over its own top k. `renormalised`: over the experts that the
+    policy chose, as engines do where k is set at run time; `trained`: over the model's own top k (`trained_weights`).
+    """
 
     selection: Selection
     adjustment: Adjustment | None = None
     capacity: Limit | None = None
+    weights: Weights = "renormalised"
 
     @property
     def width(self) -> int:
@@ -127,9 +134,16 @@ class RoutingPolicy:
             )
             next_state |= {"adjustment": adjustment_state} if adjustment_state else {}
         assignment = assign(candidates, used_TC, width=self.width, renormalise=context.renormalise)
+        assignment = self._weighted(assignment, candidates, context)
         if self.capacity is not None:
-            assignment = self.capacity.limit(assignment, candidates, context)
+            limited = self.capacity.limit(assignment, candidates, context)
+            assignment = self._weighted(limited, candidates, context)
         return assignment, next_state
+
+    def _weighted(self, assignment: Assignment, candidates: Candidates, context: RouteContext) -> Assignment:
+        if self.weights == "renormalised" or not context.renormalise:
+            return assignment
+        return trained_weights(assignment, candidates, context.top_k_for("weights trained"))
 
     def describe(self) -> str:
         """The policy in a few words.
@@ -140,7 +154,8 @@ class RoutingPolicy:
         selection = _describe(self.selection)
         adjustment = "" if self.adjustment is None else f" {_describe(self.adjustment)}"
         capacity = "" if self.capacity is None else f" {self.capacity.describe()}"
-        return selection + adjustment + capacity
+        weights = "" if self.weights == "renormalised" else f" weights {self.weights}"
+        return selection + adjustment + capacity + weights
 
 
 def values_of(part: Part) -> dict[str, Any]:

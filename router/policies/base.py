@@ -14,6 +14,7 @@ short file: array-API functions over `router.backends`, the same for numpy, torc
 """
 
 from abc import abstractmethod
+from dataclasses import replace
 from typing import ClassVar
 
 from router.assignment import UNUSED, Assignment
@@ -100,6 +101,21 @@ def widen(used_TC: Array, count: int) -> Array:
     xp = namespace(used_TC)
     none_TX = xp.zeros((used_TC.shape[0], missing), dtype=used_TC.dtype, device=used_TC.device)
     return xp.concat([used_TC, none_TX], axis=1)
+
+
+def trained_weights(assignment: Assignment, candidates: Candidates, top_k: int) -> Assignment:
+    """The assignment with weights as the model was trained: scores over the sum of the token's best `top_k` experts.
+
+    What an expert would have had that the token does not use, or that dropped it, then goes to no other: weights sum to
+    less than one. On the reference model, of which experts are left out, the loss rises a third to a half as much as
+    where the weights of those that remain are scaled to one (benchmarks/policies.py).
+    """
+    xp = namespace(assignment.scores_TK)
+    best = candidates.best(top_k)
+    own_TK = xp.where(best.ids_TC < candidates.experts, best.probs_TC, xp.zeros_like(best.probs_TC))
+    total_T1 = xp.sum(own_TK, axis=1, keepdims=True)
+    scaled_TK = assignment.scores_TK / xp.where(total_T1 > 0, total_T1, xp.ones_like(total_T1))
+    return replace(assignment, weights_TK=xp.where(assignment.kept_TK, scaled_TK, xp.zeros_like(scaled_TK)))
 
 
 def assign(candidates: Candidates, used_TC: Array, *, width: int, renormalise: bool) -> Assignment:
