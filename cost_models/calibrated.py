@@ -4,6 +4,7 @@ Work of one rank is a sum of non-negative coefficients times the features below 
 copies and collectives, whose bandwidth depends on size, follow the measured curve.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -39,8 +40,9 @@ def _gate(op: Gate) -> Features:
 def _route(op: Route) -> Features:
     pairs_X = np.asarray(op.tokens_X * op.width, dtype=np.float64)
     features: dict[str, NDArray[np.float64]] = {}
-    for part in op.parts:
-        features |= {f"{part} call": np.ones_like(pairs_X), f"{part} token": op.tokens_X, f"{part} pair": pairs_X}
+    for part, times in Counter(op.parts).items():
+        each = {"call": np.ones_like(pairs_X), "token": op.tokens_X, "pair": pairs_X}
+        features |= {f"{part} {name}": times * value_X for name, value_X in each.items()}
     return features
 
 

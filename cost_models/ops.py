@@ -29,8 +29,8 @@ class Gate:
 class Route:
     """A policy at work on `tokens_X` tokens, which choose up to `width` experts each.
 
-    `parts`: what it does one after another, by the names under which a calibration times them (`top_k`,
-    `capacity probs`, `replicas`, …); `passes`: how often they go over what tokens may choose, together.
+    `parts`: what it does one after another, what it does twice twice, by the names under which a calibration times them
+    (`top_k`, `capacity probs`, `replicas`, …); `passes`: how often they go over what tokens may choose, together.
     """
 
     tokens_X: Array

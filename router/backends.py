@@ -280,44 +280,42 @@ def _first_fitting_in(keys_N: Array, places_X: Array, order_N: Array, fits_N: Ar
 def mark_largest(keys_N: Array, places_X: Array, values_N: Array, fits_N: Array) -> None:
     """`largest_fitting` for compiled loops over numpy arrays, written to `fits_N`.
 
-    Only overfull groups are looked into: the last value that fits is selected, then items pass it or not.
+    Only overfull groups are looked into: the last value that fits is selected, then items pass it or not. Loops over
+    items take no branch that depends on their group, which no processor foresees.
     """
     groups = places_X.shape[0]
     count_X = np.zeros(groups, dtype=np.int64)
     for item in range(keys_N.shape[0]):
         count_X[np.uintp(keys_N[item])] += 1
-    start_X = np.empty(groups, dtype=np.int64)
-    gathered = 0
-    for group in range(groups):
-        overfull = count_X[group] > places_X[group]
-        start_X[group] = gathered if overfull else -1
-        gathered += count_X[group] if overfull else 0
-    value_M = np.empty(gathered, dtype=values_N.dtype)
-    next_X = start_X.copy()
+    over_X = (count_X > places_X).astype(np.int64)
+    gathered = (over_X * count_X).sum()
+    next_X = np.cumsum(over_X * count_X) - over_X * count_X
+    next_X[over_X == 0] = gathered  # one place behind the values, which nobody reads
+    value_M = np.empty(gathered + 1, dtype=values_N.dtype)
     for item in range(keys_N.shape[0]):
         key: Any = np.uintp(keys_N[item])
-        fits_N[item] = start_X[key] < 0
-        if start_X[key] >= 0:
-            value_M[next_X[key]] = values_N[item]
-            next_X[key] += 1
-    last_X = np.empty(groups, dtype=values_N.dtype)
-    ties_X = np.zeros(groups, dtype=np.int64)
+        value_M[np.uintp(next_X[key])] = values_N[item]
+        next_X[key] += over_X[key]
+    last_X = np.full(groups, -np.inf, dtype=values_N.dtype)
+    ties_X = count_X.copy()
     for group in range(groups):
-        if start_X[group] < 0 or places_X[group] <= 0:
+        places = max(places_X[group], 0)
+        if not over_X[group]:
             continue
-        mine_M = value_M[start_X[group] : next_X[group]]
-        last = np.partition(mine_M, mine_M.shape[0] - places_X[group])[mine_M.shape[0] - places_X[group]]
+        if not places:
+            last_X[group], ties_X[group] = np.inf, 0
+            continue
+        mine_M = value_M[next_X[group] - count_X[group] : next_X[group]]
+        last = np.partition(mine_M, mine_M.shape[0] - places)[mine_M.shape[0] - places]
         larger = 0
         for value in mine_M:
             larger += value > last
-        last_X[group], ties_X[group] = last, places_X[group] - larger
+        last_X[group], ties_X[group] = last, places - larger
     for item in range(keys_N.shape[0]):
         key = np.uintp(keys_N[item])
-        if fits_N[item] or places_X[key] <= 0:
-            continue
-        if values_N[item] > last_X[key]:
-            fits_N[item] = True
-        elif values_N[item] == last_X[key] and ties_X[key] > 0:
+        last = last_X[key]
+        fits_N[item] = values_N[item] > last
+        if values_N[item] == last and ties_X[key] > 0:
             fits_N[item] = True
             ties_X[key] -= 1
 

@@ -1,6 +1,8 @@
 """What earlier traffic says of a model's routing: what policies are set by, as placements are by earlier loads."""
 
+import json
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Self
 
 import numpy as np
@@ -10,6 +12,16 @@ from traces.errors import InputError
 from traces.trace import RoutingTrace
 
 _QUANTILES = np.linspace(0, 1, 101)
+
+
+def read_output_errors(path: Path) -> NDArray[np.float64]:
+    """The errors [L, K] in a file of `moeroute model errors`; `InputError` if it is none."""
+    try:
+        return np.array(json.loads(path.read_bytes())["output_error_LK"], dtype=np.float64)
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file; measure errors with moeroute model errors -o {path.parent}") from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{path}: not a file of moeroute model errors; measure them again") from error
 
 
 @dataclass(frozen=True, eq=False, slots=True, kw_only=True)

@@ -19,8 +19,9 @@ class Parameter:
     """One parameter of a policy.
 
     A number: `least` and `most` bound what is allowed (None: nothing does), `low` to `high` in steps of `step` is what
-    a search draws. A choice: one of `choices`. `whole`: a whole number. `experts`: it counts candidates of a token, so
-    that a search goes no further than a trace has them. `meaning` is a phrase for tables.
+    a search draws; with `log` twenty values a decade instead, evenly in its logarithm. A choice: one of `choices`.
+    `whole`: a whole number. `experts`: it counts candidates of a token, so that a search goes no further than a trace
+    has them. `meaning` is a phrase for tables.
     """
 
     meaning: str
@@ -32,6 +33,7 @@ class Parameter:
     most: float | None = None
     whole: bool = False
     experts: bool = False
+    log: bool = False
 
     def check(self, policy: str, name: str, value: Any) -> None:
         """Raise `InputError` unless the parameter may be `value`."""
@@ -57,6 +59,7 @@ class Parameter:
             "low": self.low,
             "high": self.high,
             "step": self.step,
+            "log": self.log,
             "meaning": self.meaning,
         }
 
@@ -76,10 +79,18 @@ def whole(low: int, high: int, meaning: str, *, least: int = 1, experts: bool = 
 
 
 def number(
-    low: float, high: float, meaning: str, *, step: float = 0.01, least: float | None = 0.0, most: float | None = None
+    low: float,
+    high: float,
+    meaning: str,
+    *,
+    step: float = 0.01,
+    least: float | None = 0.0,
+    most: float | None = None,
+    log: bool = False,
 ) -> dict[str, Parameter]:
-    """Metadata of a number."""
-    return {_KEY: Parameter(meaning=meaning, low=low, high=high, step=step, least=least, most=most)}
+    """Metadata of a number; one whose order of magnitude is open is searched on a `log` scale, `low` above 0."""
+    assert low > 0 or not log
+    return {_KEY: Parameter(meaning=meaning, low=low, high=high, step=step, least=least, most=most, log=log)}
 
 
 def share(low: float, high: float, meaning: str, *, step: float = 0.01) -> dict[str, Parameter]:

@@ -19,18 +19,21 @@ Need = Literal[
 class Part(ABC):
     """A part of a routing policy: named, described, with parameters that its dataclass fields declare.
 
-    `source` is the paper or system; `needs` what it asks for beyond a token's best candidates; `passes` how often it
-    goes over a step's candidates, for cost models that price routing by the bytes it reads.
+    `source` is the paper or system; `needs` what it asks for beyond a token's best candidates.
     """
 
     name: ClassVar[str]
     kind: ClassVar[Kind]
     source: ClassVar[str] = ""
     needs: ClassVar[tuple[Need, ...]] = ()
-    passes: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         check_parameters(self)
+
+    @property
+    def passes(self) -> int:
+        """How often it goes over a step's candidates, for cost models that know no kernel for it."""
+        return 1
 
     @property
     def work(self) -> tuple[str, ...]:

@@ -24,15 +24,21 @@ def queue_order(assignment: Assignment, drop: Drop) -> Array | None:
 
 
 def queue_weights(assignment: Assignment, *, renormalise: bool) -> Array:
-    """The weights of all pairs, [T * K] float64: added up column by column, so the same to the bit on every backend."""
+    """The weights of all pairs, [T * K] float64."""
     xp = namespace(assignment.scores_TK)
     if not renormalise:
         return xp.reshape(xp.astype(assignment.weights_TK, xp.float64), (-1,))
     score_TK = xp.astype(assignment.scores_TK, xp.float64)
-    total_T = score_TK[:, 0]
-    for column in range(1, score_TK.shape[1]):
-        total_T = total_T + score_TK[:, column]
+    total_T = row_totals(score_TK)
     return xp.reshape(score_TK / xp.where(total_T > 0, total_T, xp.ones_like(total_T))[:, None], (-1,))
+
+
+def row_totals(values_TK: Array) -> Array:
+    """The sum of each row: [T], added column by column, so the same to the bit on every backend."""
+    total_T = values_TK[:, 0]
+    for column in range(1, values_TK.shape[1]):
+        total_T = total_T + values_TK[:, column]
+    return total_T
 
 
 def turns(order_N: Array | None, like_TK: Array) -> Array:

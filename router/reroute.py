@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from router.assignment import Assignment
 from router.backends import Array, bincount, first_columns, largest_fitting, mark_largest, namespace
 from router.candidates import Candidates
+from router.queues import row_totals
 
 
 def near_experts(share_EG: NDArray[np.float32]) -> NDArray[np.bool_]:
@@ -54,13 +55,13 @@ def reroute(
         _move_compiled(*moving, candidates, rooms)
     else:
         _move(*moving, candidates, rooms)
-    weights_TK = xp.where(moved_TK, scores_TK, assignment.weights_TK)
     if renormalise:
-        token_N = xp.nonzero(xp.any(moved_TK, axis=1))[0]
-        scores_NK = scores_TK[token_N, :]
-        total_N1 = xp.sum(scores_NK, axis=1, keepdims=True)
-        scaled_NK = scores_NK / xp.where(total_N1 > 0, total_N1, xp.ones_like(total_N1))
-        weights_TK[token_N, :] = xp.where(assignment.kept_TK[token_N, :], scaled_NK, xp.zeros_like(scaled_NK))
+        total_T = row_totals(scores_TK)
+        scaled_TK = scores_TK / xp.where(total_T > 0, total_T, xp.ones_like(total_T))[:, None]
+        scaled_TK = xp.where(assignment.kept_TK, scaled_TK, xp.zeros_like(scaled_TK))
+        weights_TK = xp.where(xp.any(moved_TK, axis=1, keepdims=True), scaled_TK, assignment.weights_TK)
+    else:
+        weights_TK = xp.where(moved_TK, scores_TK, assignment.weights_TK)
     return replace(
         assignment,
         ids_TK=ids_TK,
@@ -135,38 +136,39 @@ def _rounds(
     near_EE: Array,
     turn_TK: Array,
 ) -> None:
+    """Each round looks at the tokens that still wait, from the column on that each has come to."""
     ids_TK, scores_TK, waits_TK, moved_TK = moving
     offered_TC, probs_TC, experts = offered
     group_TK, left_X = groups
     tokens, width = ids_TK.shape
-    waiting_T = np.arange(tokens)
+    anywhere = near_EE.size == 0
+    waiting_T, next_T = np.arange(tokens), np.zeros(tokens, dtype=np.int64)
     token_T, column_T = np.empty_like(waiting_T), np.empty_like(waiting_T)
     asked_T, key_T = np.empty_like(waiting_T), np.empty_like(waiting_T)
     value_T, in_T = np.empty(tokens, dtype=np.float64), np.empty(tokens, dtype=np.bool_)
-    used_E, stamp = np.zeros(experts, dtype=np.int64), 0
     waiting = tokens
     while waiting:
         asking = still = 0
         for place in range(waiting):
-            token = waiting_T[place]
-            column = 0
+            token, column = waiting_T[place], next_T[place]
             while column < width and not waits_TK[token, column]:
                 column += 1
             if column == width:
                 continue
-            waiting_T[still] = token
+            waiting_T[still], next_T[still] = token, column
             still += 1
-            own, group = ids_TK[token, column], group_TK[token, column]
+            own, group = np.uintp(ids_TK[token, column]), np.uintp(group_TK[token, column])
             waits_TK[token, column] = False
-            stamp += 1
-            for other in range(width):
-                if ids_TK[token, other] >= 0:
-                    used_E[ids_TK[token, other]] = stamp
             for candidate in range(offered_TC.shape[1]):
-                expert = offered_TC[token, candidate]
-                if expert >= experts or used_E[expert] == stamp or left_X[group + expert] <= 0:
+                expert = np.uintp(offered_TC[token, candidate])
+                if expert >= np.uintp(experts) or not (anywhere or near_EE[own, expert]):
                     continue
-                if near_EE.size and not near_EE[own, expert]:
+                if left_X[group + expert] <= 0:
+                    continue
+                used = False
+                for other in range(width):
+                    used |= ids_TK[token, other] == offered_TC[token, candidate]
+                if used:
                     continue
                 waits_TK[token, column] = True
                 token_T[asking], column_T[asking], asked_T[asking] = token, column, candidate

@@ -11,8 +11,6 @@ from router.backends import Array, namespace
 from router.openings import Openings, Served, serve_open, serve_priced, served
 from router.step_load import StepLoad
 
-CLOSING_ROUNDS = 8
-PRICING_ROUNDS = 6
 _LEVEL = 0.88  # each round of closing aims at this share of the slowest rank's time
 _MATTERS = 0.03  # a share of the step's time that is worth rounds
 _SAMPLE = 8  # tokens an expert, by which experts close
@@ -53,6 +51,8 @@ class StepToPlan:
     load: StepLoad
     price: float
     may_skip: bool
+    closing_rounds: int
+    pricing_rounds: int
 
     def plan(self) -> Array:
         """What tokens use in the best plan found, bool [T, C]: the selection's own where none is better."""
@@ -137,7 +137,7 @@ class _Search:
         """Close experts on all the slowest ranks, round by round at a lower level of their time."""
         load = self.step.load
         open_E = self.best.open_E
-        for _ in range(CLOSING_ROUNDS):
+        for _ in range(self.step.closing_rounds):
             plan, openings = self.serve_open(open_E)
             if self.best.unbeaten >= _PATIENCE:
                 return
@@ -153,7 +153,7 @@ class _Search:
         prices = _Prices.even(load)
         rows_XE, stride = self.own_XE, _STRIDE
         best = -np.inf
-        for _ in range(PRICING_ROUNDS):
+        for _ in range(step.pricing_rounds):
             tried = prices.raised(load, rows_XE, stride)
             price_XE = np.round(rate * load.row_price_s_XE(tried.busy_G, tried.out_X, tried.in_G))
             plan = serve_priced(

@@ -25,7 +25,8 @@ class Waste:
     pairs, dropped or not, whose gate is below `gate_threshold` times the sum of the gates of the token's pairs, over
     all pairs. `wasted_L`: empty places and places of pairs below the threshold, over the places of experts that have a
     pair; pairs below the threshold are taken to be dropped first. The last two are None without gates that can be
-    compared. `idle_L`: experts without a pair over all experts.
+    compared. `idle_L`: experts without a pair over all experts. What null experts get takes no place: it is no pair
+    here, but its gates count in the sum of a token's. Shares of nothing are 0.
     """
 
     capacity_factor: float
@@ -40,6 +41,8 @@ class Waste:
     below_L: tuple[float, ...] | None
     wasted_L: tuple[float, ...] | None
     active_padding: float
+    dropped: float
+    below: float | None
     wasted: float | None
 
     @property
@@ -47,20 +50,9 @@ class Waste:
         """Of all layers, which have the same places each."""
         return float(np.mean(self.padding_L))
 
-    @property
-    def dropped(self) -> float:
-        """Of all layers, which have the same pairs each."""
-        return float(np.mean(self.dropped_L))
-
-    @property
-    def below(self) -> float | None:
-        """Of all layers, which have the same pairs each."""
-        return None if self.below_L is None else float(np.mean(self.below_L))
-
     def to_json(self) -> dict[str, Any]:
         """The figures as a JSON object, with the claim beside them."""
-        totals = {"padding": self.padding, "dropped": self.dropped, "below": self.below}
-        return {**asdict(self), **totals, "claimed_up_to": CLAIM}
+        return {**asdict(self), "padding": self.padding, "claimed_up_to": CLAIM}
 
 
 def capacity_waste(
@@ -110,18 +102,20 @@ def _counts(trace: RoutingTrace, layer: int, tokens_JT: NDArray[np.int64], thres
     k, experts = trace.model.top_k, trace.model.experts
     steps, size = tokens_JT.shape
     tokens_N = tokens_JT.reshape(-1)
-    key_NK = np.repeat(np.arange(steps), size)[:, None] * experts + trace.expert_ids_TLC[tokens_N, layer, :k]
+    ids_NK = trace.expert_ids_TLC[tokens_N, layer, :k]
+    work_NK = ids_NK < experts
+    key_NK = np.repeat(np.arange(steps), size)[:, None] * experts + ids_NK
 
     def count(key_X: NDArray[np.int64]) -> NDArray[np.int64]:
         return np.bincount(key_X, minlength=steps * experts).reshape(steps, experts)
 
     if why_no_gates(trace) or trace.gates_TLC is None:
-        return _Counts(pairs_JE=count(key_NK.ravel()), below_JE=None)
+        return _Counts(pairs_JE=count(key_NK[work_NK]), below_JE=None)
     gate_NK = trace.gates_TLC[tokens_N, layer, :k].astype(np.float64)
     if trace.score_kind == "logits":
         gate_NK = np.exp(gate_NK - gate_NK.max(axis=1, keepdims=True))
     low_NK = gate_NK < threshold * gate_NK.sum(axis=1, keepdims=True)
-    return _Counts(pairs_JE=count(key_NK.ravel()), below_JE=count(key_NK[low_NK]))
+    return _Counts(pairs_JE=count(key_NK[work_NK]), below_JE=count(key_NK[work_NK & low_NK]))
 
 
 def _waste(
@@ -130,12 +124,15 @@ def _waste(
     steps, size = steps_shape
     k, experts = trace.model.top_k, trace.model.experts
     places = Capacity(factor=factor).pairs_per_expert(tokens=size, k=k, experts=experts)
-    pairs = steps * size * k
+    pairs_L = [int(layer.pairs_JE.sum()) for layer in layers]
     over_L = [np.maximum(layer.pairs_JE - places, 0) for layer in layers]
     used_L = [int((layer.pairs_JE > 0).sum()) for layer in layers]
-    kept_L = [pairs - int(over_JE.sum()) for over_JE in over_L]
+    dropped_L = [int(over_JE.sum()) for over_JE in over_L]
+    kept_L = [pairs - dropped for pairs, dropped in zip(pairs_L, dropped_L, strict=True)]
     empty_used_L = [used * places - kept for used, kept in zip(used_L, kept_L, strict=True)]
+    places_L = [used * places for used in used_L]
     low = [layer.below_JE for layer in layers if layer.below_JE is not None]
+    low_L = [int(below_JE.sum()) for below_JE in low]
     wasted_L = [
         empty + int(np.maximum(below_JE - over_JE, 0).sum())
         for empty, below_JE, over_JE in zip(empty_used_L, low, over_L, strict=False)
@@ -147,11 +144,21 @@ def _waste(
         steps=steps,
         places=places,
         padding_L=tuple(1 - kept / (steps * experts * places) for kept in kept_L),
-        active_padding_L=tuple(empty / (used * places) for empty, used in zip(empty_used_L, used_L, strict=True)),
+        active_padding_L=_shares(empty_used_L, places_L),
         idle_L=tuple(1 - used / (steps * experts) for used in used_L),
-        dropped_L=tuple(1 - kept / pairs for kept in kept_L),
-        below_L=tuple(int(below_JE.sum()) / pairs for below_JE in low) or None,
-        wasted_L=tuple(wasted / (used * places) for wasted, used in zip(wasted_L, used_L, strict=False)) or None,
-        active_padding=sum(empty_used_L) / (sum(used_L) * places),
-        wasted=sum(wasted_L) / (sum(used_L) * places) if low else None,
+        dropped_L=_shares(dropped_L, pairs_L),
+        below_L=_shares(low_L, pairs_L) if low else None,
+        wasted_L=_shares(wasted_L, places_L) if low else None,
+        active_padding=_share(empty_used_L, places_L),
+        dropped=_share(dropped_L, pairs_L),
+        below=_share(low_L, pairs_L) if low else None,
+        wasted=_share(wasted_L, places_L) if low else None,
     )
+
+
+def _shares(part_L: Sequence[int], of_L: Sequence[int]) -> tuple[float, ...]:
+    return tuple(part / max(of, 1) for part, of in zip(part_L, of_L, strict=True))
+
+
+def _share(part_L: Sequence[int], of_L: Sequence[int]) -> float:
+    return sum(part_L) / max(sum(of_L), 1)

@@ -12,6 +12,8 @@ others is lost. Here it is guessed by a model fitted on *other* requests of the 
 3. A token's unrecorded experts then follow in the order of their predicted chance (or in one drawn by chance), and
    get the scores of `traces.tail`.
 
+Null experts are guessed as others are: a router ranks both kinds alike.
+
 The k-th expert can be hidden and its error known (`traces.completion_error`). Ranks below it were never seen: that they
 follow the same law is an assumption, checked only on models whose experts were all recorded.
 """
@@ -67,7 +69,7 @@ class CompletionModel:
 
         Requests are the same where their number and the trace's source are. Errors: `InputError`.
         """
-        theirs, ours = (f"{m.name}, {m.layers} layers of {m.experts} experts" for m in (trace.model, self.model))
+        theirs, ours = (f"{m.name}, {m.layers} layers of {m.all_experts} experts" for m in (trace.model, self.model))
         if theirs != ours:
             raise InputError(
                 f"trace {trace.source}: of {theirs}; the completion was fitted on {ours}: fit it on the same model"
@@ -107,7 +109,7 @@ class CompletionModel:
     def tail(self, gates_TC: NDArray[np.float16], layer: int, count: int) -> NDArray[np.float16]:
         """The scores of the `count` ranks after the given ones in one layer, descending: [T, count]."""
         if self.decay_L2 is None:
-            return stored(anchored_tail(gates_TC, self.model.experts, count))
+            return stored(anchored_tail(gates_TC, self.model.all_experts, count))
         return stored(continued_tail(gates_TC, self.decay_L2[layer], self.score_kind, count))
 
 
@@ -118,13 +120,15 @@ def fit_completion(trace: RoutingTrace) -> CompletionModel:
     """
     if trace.completed:
         raise InputError(f"trace {trace.source}: completed; fit on what was recorded")
-    if trace.candidates == trace.model.experts:
+    if trace.candidates == trace.model.all_experts:
         raise InputError(
             f"trace {trace.source}: all {trace.candidates} experts are recorded, there is none to fit or to complete"
         )
     around, kind = Around(trace), _kind(trace)
-    layers, experts = trace.model.layers, trace.model.experts
-    popularity_LE = (trace.loads_LE(trace.candidates) + 0.5).astype(np.float32)
+    layers, experts = trace.model.layers, trace.model.all_experts
+    popularity_LE = np.empty((layers, experts), np.float32)
+    for layer in range(layers):
+        popularity_LE[layer] = np.bincount(trace.expert_ids_TLC[:, layer].ravel(), minlength=experts) + 0.5
     popularity_LE /= popularity_LE.sum(axis=1, keepdims=True)
     last_LE = np.empty_like(popularity_LE)
     better_LXE = np.empty((layers, 2 * experts, experts), np.float32)
@@ -173,10 +177,10 @@ def complete(
     Errors: `InputError` where there is nothing to complete, or the model was fitted on another kind of trace or on
     requests of this one.
     """
-    if not trace.candidates < candidates <= trace.model.experts:
+    if not trace.candidates < candidates <= trace.model.all_experts:
         raise InputError(
             f"trace {trace.source}: complete {trace.candidates} candidates to {candidates}; "
-            f"use {trace.candidates + 1} to {trace.model.experts} (experts)"
+            f"use {trace.candidates + 1} to {trace.model.all_experts} (experts)"
         )
     if isinstance(fitted_on, RoutingTrace):
         if fitted_on is trace:
@@ -226,7 +230,7 @@ def _fit_layer(
     among the experts that are not better, with a ridge on the first two.
     """
     ids_TC = trace.expert_ids_TLC[:, layer].astype(np.int64)
-    experts, recorded, row_T = trace.model.experts, trace.candidates, np.arange(trace.tokens)
+    experts, recorded, row_T = trace.model.all_experts, trace.candidates, np.arange(trace.tokens)
     ranks = [(r, better_ranked(trace, layer, r), 0.5 ** (recorded - 1 - r)) for r in range(1, recorded)]
     ranks = ranks or [(0, csr_array((trace.tokens, 2 * experts), dtype=np.float32), 1.0)]
     back = around.T.tocsr()

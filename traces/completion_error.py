@@ -102,7 +102,7 @@ def hidden_error(trace: RoutingTrace, model: CompletionModel, *, seed: int = 0) 
     or where there is no expert left when one is hidden (top k is 1).
     """
     model.check(trace)
-    rank, experts = trace.candidates - 1, trace.model.experts
+    rank, experts = trace.candidates - 1, trace.model.all_experts
     if rank < 1:
         raise InputError(f"trace {trace.source}: 1 recorded candidate; hiding one of them needs at least 2")
     counts = [m for m in (1, 2, 4, 8) if m < experts - rank]
@@ -144,7 +144,7 @@ def tail_error(full: RoutingTrace, model: CompletionModel, *, seed: int = 0, ord
         )
     seen = full.best(model.recorded)
     done = complete(seen, candidates=full.candidates, fitted_on=model, seed=seed, order=order)
-    recorded, experts, rng = model.recorded, full.model.experts, np.random.default_rng(seed)
+    recorded, experts, rng = model.recorded, full.model.all_experts, np.random.default_rng(seed)
     true_TLC, guess_TLC = (t.expert_ids_TLC[:, :, recorded:].astype(np.int64) for t in (full, done))
     counts = sorted({m for m in (1, recorded, 2 * recorded) if m < experts - recorded and m <= true_TLC.shape[2]})
     guesses, popular = _Guesses(counts, full, seed), _Guesses(counts, full, seed)

@@ -24,7 +24,8 @@ class ActiveSet:
     steps; `uniform_B`: E (1 - (1 - K/E)^B), what random experts give. `reuse_BL`: the share of a step's active experts
     that were active in the step before, the mean over steps; `reuse_any_BL`: the same against any other step of the
     trace, so that what it lacks is due to time and the rest to experts that are popular throughout;
-    `uniform_reuse_B`: for random experts. Sizes that give a single step have no reuse: None.
+    `uniform_reuse_B`: for random experts. Sizes that give a single step have no reuse: None. Null experts are never
+    active (random experts are drawn with them); a step that has no other counts as reuse 0.
     """
 
     batch_B: tuple[int, ...]
@@ -46,13 +47,14 @@ class ExpertCache:
 
     `hit_LM`: the share of pairs whose expert is resident when the token comes, for M of 1 to E experts a layer.
     `shuffled_LM`: the same tokens in random order, which leaves only what popular experts give; random experts hit M/E.
-    `expert_bytes`: of one expert; `pairs_per_token`: in all layers.
+    `expert_bytes`: of one expert; `pairs_L`: of a token in each layer, the mean, without those of null experts, which
+    need no place.
     """
 
     hit_LM: NDArray[np.float64]
     shuffled_LM: NDArray[np.float64]
     expert_bytes: float
-    pairs_per_token: int
+    pairs_L: NDArray[np.float64]
 
     def slots(self, share: float) -> int:
         """M of a cache of this share of a layer's experts, rounded up."""
@@ -61,7 +63,12 @@ class ExpertCache:
 
     def hit(self, slots: int) -> float:
         """Hits of all layers over pairs, with `slots` experts of each layer resident."""
-        return float(self.hit_LM[:, slots - 1].mean())
+        return float(self._of_all(self.hit_LM)[slots - 1])
+
+    @property
+    def pairs_per_token(self) -> float:
+        """Pairs of a token in all layers, the mean."""
+        return float(self.pairs_L.sum())
 
     def loaded_bytes(self, slots: int) -> float:
         """Bytes of weights that a token has to load."""
@@ -78,19 +85,19 @@ class ExpertCache:
         return slots * layers * self.expert_bytes
 
     def to_json(self) -> dict[str, Any]:
-        """Means over layers by M, and caches of `CACHE_SHARES` in bytes and by layer."""
+        """Hits of all layers by M, and caches of `CACHE_SHARES` in bytes and by layer."""
         return {
             "expert_bytes": self.expert_bytes,
             "uncached_bytes_per_token": self.uncached_bytes,
-            "hit_M": self.hit_LM.mean(axis=0).tolist(),
-            "shuffled_M": self.shuffled_LM.mean(axis=0).tolist(),
+            "hit_M": self._of_all(self.hit_LM).tolist(),
+            "shuffled_M": self._of_all(self.shuffled_LM).tolist(),
             "caches": [
                 {
                     "share": share,
                     "slots": (slots := self.slots(share)),
                     "hit": self.hit(slots),
                     "hit_L": self.hit_LM[:, slots - 1].tolist(),
-                    "shuffled": float(self.shuffled_LM[:, slots - 1].mean()),
+                    "shuffled": float(self._of_all(self.shuffled_LM)[slots - 1]),
                     "uniform": slots / self.hit_LM.shape[1],
                     "loaded_bytes_per_token": self.loaded_bytes(slots),
                     "saved_bytes_per_token": self.uncached_bytes - self.loaded_bytes(slots),
@@ -99,6 +106,10 @@ class ExpertCache:
                 for share in CACHE_SHARES
             ],
         }
+
+    def _of_all(self, share_LM: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Shares of the pairs of all layers, from those of each: [M]."""
+        return np.asarray(np.average(share_LM, axis=0, weights=self.pairs_L))
 
 
 def active_set(trace: RoutingTrace, top_k: int | None = None) -> ActiveSet:
@@ -111,7 +122,8 @@ def active_set(trace: RoutingTrace, top_k: int | None = None) -> ActiveSet:
     k = _checked(trace, top_k)
     decoded = _decoded(trace)
     ids_TLK = np.ascontiguousarray(decoded.expert_ids_TLC[:, :, :k])
-    experts, requests = trace.model.experts, np.unique(decoded.request_T).size
+    experts, every = trace.model.experts, trace.model.all_experts
+    requests = np.unique(decoded.request_T).size
     batches = tuple(batch for batch in BATCHES if batch <= decoded.tokens)
     steps, active, reuse, reuse_any = [], [], [], []
     for batch in batches:
@@ -121,12 +133,12 @@ def active_set(trace: RoutingTrace, top_k: int | None = None) -> ActiveSet:
         active_GJL, again_GJL, elsewhere_GJL = _step_sets(ids_TLK, tokens_JGB.transpose(1, 0, 2).copy(), experts)
         steps.append(active_GJL.shape[0] * active_GJL.shape[1])
         active.append(tuple(active_GJL.mean(axis=(0, 1)).tolist()))
-        others = len(lockstep) - 1
-        again = (again_GJL / active_GJL)[:, 1:].mean(axis=(0, 1)) if others else None
-        elsewhere = (elsewhere_GJL / active_GJL).mean(axis=(0, 1)) / others if others else None
+        others, least_GJL = len(lockstep) - 1, np.maximum(active_GJL, 1)
+        again = (again_GJL / least_GJL)[:, 1:].mean(axis=(0, 1)) if others else None
+        elsewhere = (elsewhere_GJL / least_GJL).mean(axis=(0, 1)) / others if others else None
         reuse.append(None if again is None else tuple(again.tolist()))
         reuse_any.append(None if elsewhere is None else tuple(elsewhere.tolist()))
-    uniform = tuple(1 - (1 - k / experts) ** batch for batch in batches)
+    uniform = tuple(1 - (1 - k / every) ** batch for batch in batches)
     return ActiveSet(
         batch_B=batches,
         steps_B=tuple(steps),
@@ -143,23 +155,29 @@ def expert_cache(trace: RoutingTrace, top_k: int | None = None, *, seed: int = 0
 
     Requests are decoded one after another, in order of appearance, and the cache stays from one to the next. All
     experts of a token come at once: each is a hit if it is resident before the token, and they are then the most
-    recent, the best one last to go. `seed` shuffles the tokens.
+    recent, the best one last to go. `seed` shuffles the tokens. Errors: `InputError` where all tokens use null experts
+    alone.
     """
     k = _checked(trace, top_k)
     decoded = _decoded(trace)
     ids_TLK = np.ascontiguousarray(decoded.expert_ids_TLC[:, :, :k])
+    pairs_L = (ids_TLK < trace.model.experts).sum(axis=(0, 2))
+    if not pairs_L.any():
+        raise InputError(
+            f"trace {trace.source}: every pair is a null expert's, which needs no cache; use a larger top_k"
+        )
     # One prefill step of all tokens: a trace of one phase stands in for the other.
     order_T = make_steps(decoded, phase="prefill", tokens_per_rank=decoded.tokens, ranks=1)[0].tokens_T
     shuffled_T = np.random.default_rng(seed).permutation(order_T)
     hit_LM, shuffled_LM = (
-        np.cumsum(_hits_by_depth(ids_TLK, tokens_T, trace.model.experts), axis=1) / (order_T.size * k)
+        np.cumsum(_hits_by_depth(ids_TLK, tokens_T, trace.model.experts), axis=1) / np.maximum(pairs_L, 1)[:, None]
         for tokens_T in (order_T, shuffled_T)
     )
     return ExpertCache(
         hit_LM=hit_LM,
         shuffled_LM=shuffled_LM,
         expert_bytes=trace.model.expert_bytes,
-        pairs_per_token=trace.model.layers * k,
+        pairs_L=pairs_L / order_T.size,
     )
 
 
@@ -201,6 +219,8 @@ def _step_sets(ids_TLK: Any, tokens_GJB: Any, experts: int) -> Any:
                     for layer in range(layers):
                         for i in range(k):
                             expert = ids_TLK[token, layer, i]
+                            if expert >= experts:
+                                continue
                             last = last_LE[layer, expert]
                             if last == step:
                                 continue
@@ -228,6 +248,8 @@ def _hits_by_depth(ids_TLK: Any, tokens_T: Any, experts: int) -> Any:
             wanted = 0
             for i in range(k):
                 expert = ids_TLK[token, layer, i]
+                if expert >= experts:
+                    continue
                 wanted += not wanted_E[expert]
                 wanted_E[expert] = True
             found = depth = 0
@@ -244,7 +266,7 @@ def _hits_by_depth(ids_TLK: Any, tokens_T: Any, experts: int) -> Any:
                     to -= 1
             for i in range(k - 1, -1, -1):
                 expert = ids_TLK[token, layer, i]
-                if wanted_E[expert]:
+                if expert < experts and wanted_E[expert]:
                     wanted_E[expert] = False
                     stack_E[to] = expert
                     to -= 1

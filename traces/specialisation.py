@@ -34,13 +34,14 @@ class Specialist:
 class Specialisation:
     """How the loads of experts depend on the domain, layer by layer.
 
-    `load_DLE` int64: pairs. `tv_DL`: the total-variation distance of a domain's load shares from those of the whole
-    trace, 0 (the same) to 1 (no expert in common); `tv_pair_mean_L`, `tv_pair_max_L`: between two domains, the mean
-    and the largest over pairs of domains. `information_L`: mutual information of domain and expert of a pair of
-    token and expert, bits, of at most `entropy_bits`, the domain's own; `p_L`: the share of permutations that have as
-    much. What ends in `_chance` is the mean over `permutations` of domain labels among whole requests, which keeps the
-    tokens of a request alike: finite samples raise distances and information above 0 by that much without any
-    specialisation. `specialists`: lift of at least `SPECIALIST_LIFT`, largest first.
+    `load_DLE` int64: pairs; null experts are counted as others are, with the ids behind theirs. `tv_DL`: the
+    total-variation distance of a domain's load shares from those of the whole trace, 0 (the same) to 1 (no expert in
+    common); `tv_pair_mean_L`, `tv_pair_max_L`: between two domains, the mean and the largest over pairs of domains.
+    `information_L`: mutual information of domain and expert of a pair of token and expert, bits, of at most
+    `entropy_bits`, the domain's own; `p_L`: the share of permutations that have as much. What ends in `_chance` is the
+    mean over `permutations` of domain labels among whole requests, which keeps the tokens of a request alike: finite
+    samples raise distances and information above 0 by that much without any specialisation. `specialists`: lift of at
+    least `SPECIALIST_LIFT`, largest first.
     """
 
     domains: tuple[str, ...]
@@ -198,8 +199,8 @@ class _Layer:
 def _counts_by_unit(
     trace: RoutingTrace, k: int, unit_T: NDArray[np.int64], units: int
 ) -> Iterator[NDArray[np.float32]]:
-    """Pairs [U, E] of each layer in turn."""
-    experts = trace.model.experts
+    """Pairs [U, E] of each layer in turn, null experts among the E."""
+    experts = trace.model.all_experts
     for layer in range(trace.model.layers):
         key_TK = unit_T[:, None] * experts + trace.expert_ids_TLC[:, layer, :k]
         yield np.bincount(key_TK.ravel(), minlength=units * experts).reshape(units, experts).astype(np.float32)

@@ -33,7 +33,8 @@ class TraceStats:
 
     `max_over_mean_L` and `gini_L`: the unevenness of expert loads in each layer. `reuse_L`: the share of a
     token's experts that the token before it in the same request also used, None where no two tokens follow one
-    another; `uniform_reuse` is what random experts would give, K / E. `by_domain`: `Balance` of each domain's own
+    another; `uniform_reuse` is what random experts would give, K / E, null experts counted in E. Elsewhere null experts
+    are left out: what goes to them is no load and no reuse. `by_domain`: `Balance` of each domain's own
     tokens, averaged over layers. `uniform`: the same for random experts and as many tokens, which is the unevenness
     that chance alone gives.
     """
@@ -58,7 +59,8 @@ class Compute:
     """Floating-point operations and weights of a token in the MoE layers, shared experts included.
 
     `sparse_flops`: with the experts that a token uses; `dense_flops`: with all of them, as without a router.
-    `active_experts`: K / E. `active_parameters`: the share of the layers' parameters that a token uses.
+    `active_experts`: K / E. Null experts that are among the K cost nothing: with them all of it is a bound.
+    `active_parameters`: the share of the layers' parameters that a token uses.
     """
 
     sparse_flops: float
@@ -75,11 +77,12 @@ class Compute:
         0.25
         """
         k = model.top_k if top_k is None else top_k
-        sparse, dense = model.flops_per_token(k), model.flops_per_token(model.experts)
+        used = min(k, model.experts)
+        sparse, dense = model.flops_per_token(used), model.flops_per_token(model.experts)
         return cls(
             sparse_flops=sparse,
             dense_flops=dense,
-            active_experts=k / model.experts,
+            active_experts=used / model.experts,
             active_parameters=sparse / dense,
         )
 
@@ -107,19 +110,19 @@ def trace_stats(trace: RoutingTrace, top_k: int | None = None, *, seed: int = 0)
         max_over_mean_L=tuple(max_over_mean(loads_LE).tolist()),
         gini_L=tuple(gini(loads_LE).tolist()),
         reuse_L=_reuse(trace, k),
-        uniform_reuse=k / trace.model.experts,
+        uniform_reuse=k / trace.model.all_experts,
         uniform=Balance.of(_uniform_loads(trace, k, np.random.default_rng(seed))),
         by_domain=_by_domain(trace, k),
     )
 
 
 def max_over_mean(loads_LE: NDArray[np.int64]) -> NDArray[np.float64]:
-    """The largest load of each layer over its mean load: [L].
+    """The largest load of each layer over its mean load: [L], 0 where there is none.
 
     >>> max_over_mean(np.array([[1, 1, 1, 5]])).tolist()
     [2.5]
     """
-    return np.asarray(loads_LE.max(axis=1) / loads_LE.mean(axis=1), dtype=np.float64)
+    return np.asarray(loads_LE.max(axis=1) * loads_LE.shape[1] / np.maximum(loads_LE.sum(axis=1), 1), dtype=np.float64)
 
 
 def gini(loads_LE: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -130,7 +133,9 @@ def gini(loads_LE: NDArray[np.int64]) -> NDArray[np.float64]:
     """
     experts = loads_LE.shape[1]
     weight_E = 2 * np.arange(1, experts + 1) - experts - 1
-    return np.asarray((np.sort(loads_LE, axis=1) @ weight_E) / (experts * loads_LE.sum(axis=1)), dtype=np.float64)
+    return np.asarray(
+        (np.sort(loads_LE, axis=1) @ weight_E) / (experts * np.maximum(loads_LE.sum(axis=1), 1)), dtype=np.float64
+    )
 
 
 def _by_domain(trace: RoutingTrace, k: int) -> dict[str, Balance]:
@@ -151,23 +156,25 @@ def _reuse(trace: RoutingTrace, k: int) -> tuple[float, ...] | None:
     reuse = []
     for layer in range(trace.model.layers):  # one at a time: pairs of candidates take K times the trace's memory
         ids_TK = trace.expert_ids_TLC[:, layer, :k]
-        reuse.append(float((ids_TK[after_P][:, :, None] == ids_TK[before_P][:, None, :]).any(axis=2).mean()))
+        work_PK = ids_TK[after_P] < trace.model.experts
+        again_PK = (ids_TK[after_P][:, :, None] == ids_TK[before_P][:, None, :]).any(axis=2)
+        reuse.append(float((again_PK & work_PK).sum() / max(int(work_PK.sum()), 1)))
     return tuple(reuse)
 
 
 def _uniform_loads(trace: RoutingTrace, k: int, rng: np.random.Generator) -> NDArray[np.int64]:
-    """Token counts [L, E] when each token of each layer uses `k` distinct random experts.
+    """Token counts [L, E] when each token of each layer uses `k` distinct random experts, null ones among them.
 
     Floyd's sampling (CACM 30(9), 1987): the i-th draw is from one expert more than the draw before, and takes
     that last expert if the drawn one is in use.
     """
-    layers, experts = trace.model.layers, trace.model.experts
+    layers, experts, every = trace.model.layers, trace.model.experts, trace.model.all_experts
     loads_LE = np.empty((layers, experts), dtype=np.int64)
     for layer in range(layers):
         ids_TK = np.empty((trace.tokens, k), dtype=np.int64)
-        for i, last in enumerate(range(experts - k, experts)):
+        for i, last in enumerate(range(every - k, every)):
             drawn_T = rng.integers(0, last + 1, trace.tokens)
             in_use_T = (ids_TK[:, :i] == drawn_T[:, None]).any(axis=1)
             ids_TK[:, i] = np.where(in_use_T, last, drawn_T)
-        loads_LE[layer] = np.bincount(ids_TK.ravel(), minlength=experts)
+        loads_LE[layer] = np.bincount(ids_TK.ravel(), minlength=every)[:experts]
     return loads_LE

@@ -17,7 +17,7 @@ class Around:
 
     def __init__(self, trace: RoutingTrace) -> None:
         self._ids_TLC = trace.expert_ids_TLC.astype(np.int64)
-        self._layers, self._experts = trace.model.layers, trace.model.experts
+        self._layers, self._experts = trace.model.layers, trace.model.all_experts
         order_T = np.lexsort((trace.position_T, trace.request_T))
         next_T = (np.diff(trace.request_T[order_T]) == 0) & (np.diff(trace.position_T[order_T]) == 1)
         self._before_T, self._after_T = np.full((2, trace.tokens), -1)
@@ -66,7 +66,9 @@ def better_ranked(trace: RoutingTrace, layer: int, ranks: int) -> "csr_array[Any
             share_TC = np.exp(share_TC - share_TC.max(axis=1, keepdims=True))
         share_TC = share_TC / np.maximum(share_TC.sum(axis=1, keepdims=True), np.finfo(np.float32).tiny)
     values_TX = np.concatenate([np.ones_like(share_TC), share_TC], axis=1)
-    return _rows(np.concatenate([ids_TC, ids_TC + trace.model.experts], axis=1), values_TX, 2 * trace.model.experts)
+    return _rows(
+        np.concatenate([ids_TC, ids_TC + trace.model.all_experts], axis=1), values_TX, 2 * trace.model.all_experts
+    )
 
 
 def _rows(columns_TX: NDArray[np.int64], values_TX: NDArray[np.float32], width: int) -> "csr_array[Any, Any]":

@@ -22,15 +22,15 @@ def synthetic_trace(
 ) -> RoutingTrace:
     """A trace whose experts are popular by Zipf's law: the r-th of a layer in proportion to r ** -zipf.
 
-    0 is uniform. Each layer has its own random order of experts. A token's candidates (`top_k` of the model by
-    default) are drawn without replacement in proportion to popularity (Plackett-Luce), all at once by adding
-    Gumbel noise to log popularity (arXiv 1903.06059); its gates are the softmax over all experts of those sums.
+    0 is uniform. Each layer has its own random order of experts, null ones among them. A token's candidates (`top_k` of
+    the model by default) are drawn without replacement in proportion to popularity (Plackett-Luce), all at once by
+    adding Gumbel noise to log popularity (arXiv 1903.06059); its gates are the softmax over all experts of those sums.
     Tokens and layers are independent of each other: unlike in recorded traces, a token says nothing of the next.
     """
     C = model.top_k if candidates is None else candidates
-    if not model.top_k <= C <= model.experts:
+    if not model.top_k <= C <= model.all_experts:
         raise InputError(
-            f"synthetic trace: {C} candidates a token; use {model.top_k} (top_k) to {model.experts} (experts)"
+            f"synthetic trace: {C} candidates a token; use {model.top_k} (top_k) to {model.all_experts} (experts)"
         )
     if tokens < 1 or tokens_per_request < 1:
         raise InputError(f"synthetic trace: {tokens} tokens, {tokens_per_request} a request; use at least 1 of each")
@@ -39,9 +39,9 @@ def synthetic_trace(
     rng = np.random.default_rng(seed)
     expert_ids_TLC = np.empty((tokens, model.layers, C), dtype=np.uint16)
     gates_TLC = np.empty((tokens, model.layers, C), dtype=np.float16)
-    log_popularity_E = -zipf * np.log(np.arange(1, model.experts + 1))
+    log_popularity_E = -zipf * np.log(np.arange(1, model.all_experts + 1))
     for layer in range(model.layers):
-        scores_TE = rng.permutation(log_popularity_E) + rng.gumbel(size=(tokens, model.experts))
+        scores_TE = rng.permutation(log_popularity_E) + rng.gumbel(size=(tokens, model.all_experts))
         ids_TC = np.argsort(-scores_TE, axis=1)[:, :C]
         probs_TE = np.exp(scores_TE - scores_TE.max(axis=1, keepdims=True))
         probs_TE /= probs_TE.sum(axis=1, keepdims=True)

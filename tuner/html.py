@@ -1,7 +1,7 @@
 """HTML: a study and its validation as one page that needs neither a server nor a network.
 
-Text is escaped where a piece of HTML is made, in figures too, where plotly reads tags. Colours: one
-a policy in the front, one a role wherever runs are compared.
+Text is escaped where a piece of HTML is made, in figures too, where plotly reads tags. Colours and
+symbols: one a kind of policy in the front, one a role wherever runs are compared.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,8 +27,9 @@ from tuner.study import StudyResult, Trial
 if TYPE_CHECKING:  # loads torch, which a page needs nothing of
     from tuner.validate import ValidatedRun, Validation
 
-_POLICY_COLOURS = ("#0072b2", "#d55e00", "#00805e", "#8e4585", "#8a6d00")
+_POLICY_COLOURS = ("#0072b2", "#d55e00", "#00805e", "#8e4585", "#8a6d00", "#4fa3d1", "#b03a48", "#5f6b76")
 _POLICY_SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross")
+_LEGEND = 8  # kinds of policy with a colour of their own; the others share the last one
 _ROLE_COLOURS = {"baseline": "#1f2933", "winner": "#0072b2", "random": "#6b7785"}
 _BAR_COLOURS = (("#b3bac2", "#4a5561"), ("#8fc1e3", "#0072b2"))  # predicted and measured, of baseline and winner
 _KEPT_IN_SUMMARY = 0.95
@@ -166,18 +167,17 @@ def _front(page: ReportPage) -> str:
     study, baseline = page.study, page.study.trials[0]
     on_front = {trial.number for trial in study.front}
     figure = go.Figure()
-    policies = sorted({trial.config.policy for trial in study.trials})
-    for policy, colour, symbol in zip(policies, cycle(_POLICY_COLOURS), cycle(_POLICY_SYMBOLS), strict=False):
-        trials = [trial for trial in study.trials if trial.config.policy == policy]
+    styles = zip(cycle(_POLICY_COLOURS), cycle(_POLICY_SYMBOLS), strict=False)
+    for (kind, trials), (colour, symbol) in zip(_by_kind(study).items(), styles, strict=False):
         figure.add_scatter(
             **_points(trials),
-            name=figure_text(policy),
+            name=figure_text(kind),
             mode="markers",
             marker={
                 "color": colour,
                 "symbol": symbol,
                 "size": [10 if trial.number in on_front else 7 for trial in trials],
-                "opacity": [1.0 if trial.number in on_front else 0.45 for trial in trials],
+                "opacity": [1.0 if trial.number in on_front else 0.6 for trial in trials],
             },
         )
     figure.add_scatter(
@@ -204,9 +204,21 @@ def _front(page: ReportPage) -> str:
     figure.update_yaxes(title="gate mass kept", tickformat=".0%")
     caption = (
         "Every trial of the study: further left is faster, further up keeps more of the router's score. The line joins "
-        "the trials that no other beats on both."
+        "the trials that no other beats on both. Colours tell what a policy is made of; pointing at a trial tells all."
     )
-    return plot("front", figure, caption + (" Numbers are those of the table." if numbers else ""), height=460)
+    return plot("front", figure, caption + (" Numbers are those of the table." if numbers else ""), height=500)
+
+
+def _by_kind(study: StudyResult) -> dict[str, list[Trial]]:
+    """Trials by the names of their policy's parts, the kinds first that fill the front; the last ones as others."""
+    kinds: dict[str, list[Trial]] = {}
+    for trial in study.trials:
+        kinds.setdefault(" + ".join(part.name for part in trial.config.routing_policy().parts), []).append(trial)
+    on_front = {trial.number for trial in study.front}
+    ranked = sorted(kinds, key=lambda kind: (-sum(t.number in on_front for t in kinds[kind]), -len(kinds[kind]), kind))
+    shown = ranked if len(ranked) <= _LEGEND else ranked[: _LEGEND - 1]
+    others = [trial for kind in ranked[len(shown) :] for trial in kinds[kind]]
+    return {kind: kinds[kind] for kind in shown} | ({f"{len(ranked) - len(shown)} others": others} if others else {})
 
 
 def _points(trials: Sequence[Trial]) -> dict[str, Any]:

@@ -166,7 +166,8 @@ class Scenario(Strict):
     or paths of such profiles, in order of preference. `weights` is the format of the experts' weights, where they do
     not run in the model's own; `dispatch_dtype` that of dispatched tokens, where it is not the activations'.
     `candidates`: complete the trace to so many experts a token, guessed by a model fitted on the plan window.
-    `sampled_layers`: simulate so many MoE layers, each for its neighbours too.
+    `sampled_layers`: simulate so many MoE layers, each for its neighbours too. `output_errors`: a file of
+    `moeroute model errors`, for budgets of k by layer; without it the gate mass that is lost stands for the error.
     """
 
     version: Literal[1]
@@ -193,6 +194,7 @@ class Scenario(Strict):
     dispatch_dtype: Literal["bfloat16", "fp8", "nvfp4"] | None = None
     fidelity: Literal["analytic", "event"] = "event"
     sampled_layers: Count | None = None
+    output_errors: Path | None = None
     windows: Windows = Windows()
     study: StudyChoice = StudyChoice()
     seed: int = Field(default=0, ge=0)
@@ -221,7 +223,7 @@ def read_scenario(path: Path) -> Scenario:
     scenario = parse_scenario(document, source=str(path))
     beside: dict[str, Any] = {
         field: path.parent / value
-        for field in ("trace", "costs")
+        for field in ("trace", "costs", "output_errors")
         if isinstance(value := getattr(scenario, field), Path)
     }
     if scenario.cluster.file is not None:

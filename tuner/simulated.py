@@ -75,8 +75,17 @@ def _facts(replays: Replays, report: Report) -> tuple[str, ...]:
         f"{what}; steps: {report.steps} of {batch.tokens_per_rank:,} tokens a rank, {batch.phase}.",
         f"{replays.cluster.name}{_shared(replays.layout)}; costs: {report.costs}.",
         f"{report.name}; {how}.",
+        *_seldom(report),
         *(f"Fault: {fault} s." for fault in scenario.disturbance.faults),
     )
+
+
+def _seldom(report: Report) -> list[str]:
+    """What most scenarios have nothing of."""
+    shares = {"pairs rerouted": report.rerouted_share, "rows of padding": report.padding_share}
+    shown = [f"{name}: {share:.1%}" for name, share in shares.items() if share]
+    lines = [f"{', '.join(shown)}.".capitalize()] if shown else []
+    return lines + (["Candidates beyond the recorded ones were completed by a model."] if report.completed else [])
 
 
 def _shared(layout: Layout) -> str:

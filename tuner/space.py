@@ -76,7 +76,7 @@ Written = Annotated[
 class Range:
     """What may be drawn for a parameter: one of `values`, or else a number from `low` to `high`.
 
-    Numbers lie `step` apart; those over two decades or more are drawn evenly in their logarithm instead, to two digits.
+    Numbers lie `step` apart; with `log` they are drawn evenly in their logarithm instead, to two digits.
     """
 
     values: tuple[Any, ...] = ()
@@ -84,6 +84,7 @@ class Range:
     high: float = 0.0
     step: float = 1.0
     whole: bool = False
+    log: bool = False
 
     @classmethod
     def of(cls, parameter: Parameter, written: list[Any] | Values | None) -> "Range":
@@ -93,7 +94,7 @@ class Range:
         if parameter.choices or (written is not None and len(written) != 2):
             return cls(values=tuple(written or parameter.choices))
         low, high = written or (parameter.low, parameter.high)
-        return cls(low=low, high=high, step=parameter.step, whole=parameter.whole)
+        return cls(low=low, high=high, step=parameter.step, whole=parameter.whole, log=parameter.log)
 
     @property
     def least(self) -> Any:
@@ -117,7 +118,7 @@ class Range:
             return trial.suggest_categorical(name, list(self.values))
         if self.whole:
             return trial.suggest_int(name, int(self.low), int(self.high))
-        if 0 < self.low <= self.high / 100:
+        if self.log:
             low, high = (round(math.log10(end), 2) for end in (self.low, self.high))
             exponent = _stepped(trial, f"log10({name})", low, high, _DECADE_STEP)
             return min(max(float(f"{10**exponent:.1e}"), self.low), self.high)
@@ -198,6 +199,11 @@ def _checked(name: str, written: list[Any] | Values) -> list[Any] | Values:
         return Values(values=values)
     if not parameter.choices and len(values) == 2 and values[0] > values[1]:
         raise ValueError(f"{name}: range [{values[0]}, {values[1]}] has its ends the wrong way round")
+    if parameter.log and len(values) == 2 and values[0] <= 0:
+        raise ValueError(
+            f"{name}: range [{values[0]}, {values[1]}] is searched evenly in its logarithm; "
+            "begin above 0, or list values"
+        )
     return values
 
 

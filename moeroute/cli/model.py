@@ -1,20 +1,18 @@
 """`moeroute model`: the reference model."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moeroute.cli.console import Json, print_json, print_table, progress_bar
+from moeroute.cli.console import Json, Out, print_json, print_table, progress_bar, say
 
 if TYPE_CHECKING:
     from router.nn.store import ReferenceModel
 
+ERRORS_FILE = "output_errors.json"
+
 app = typer.Typer(help="The reference model: a small mixture of experts, trained here.", no_args_is_help=True)
-
-
-@app.callback()
-def _group() -> None:
-    """Keep `train` a subcommand."""
 
 
 @app.command()
@@ -33,6 +31,38 @@ def train(
         ["held-out text", "loss, nats/byte"],
         [[domain, f"{loss:.3f}"] for domain, loss in losses.items()],
     )
+
+
+@app.command()
+def errors(
+    trace: Annotated[Path, typer.Argument(metavar="TRACE", help="A trace of the reference model (Parquet).")],
+    share: Annotated[float, typer.Option(help="Share of the trace's first requests to measure on.")] = 0.25,
+    out: Out = Path("out"),
+    json: Json = False,
+) -> None:
+    """Measure how far each layer's output lies off with fewer experts, for `output_errors` in a scenario."""
+    from router.nn.output_error import measured_output_error
+    from traces.batching import split_requests
+    from traces.errors import InputError
+    from traces.files import write_json
+    from traces.store import read_trace
+
+    if not 0 < share < 1:
+        raise InputError(f"--share is {share:g}; use a share above 0 and below 1, so that later requests stay unseen")
+    first, _ = split_requests(read_trace(trace), (share, 1 - share))
+    error_LK = measured_output_error(load(), first)
+    path = out / ERRORS_FILE
+    document = {"output_error_LK": error_LK.tolist(), "tokens": first.tokens, "source": first.source}
+    write_json(path, document)
+    if json:
+        print_json({"file": str(path), **document})
+        return
+    print_table(
+        f"output error over the output's size, on {first.tokens} tokens of the first requests",
+        ["layer", *(f"k={k}" for k in range(1, error_LK.shape[1] + 1))],
+        [[str(layer), *(f"{error:.3f}" for error in error_K)] for layer, error_K in enumerate(error_LK)],
+    )
+    say(f"wrote {path}")
 
 
 def load(*, retrain: bool = False) -> "ReferenceModel":

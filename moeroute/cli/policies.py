@@ -40,18 +40,21 @@ def policies(
 
 
 def print_policies(described: list[dict[str, Any]]) -> None:
-    """A table a kind."""
+    """A table a kind, short enough for a screen: sources and parameters stand in each one's own description."""
+    width = max(len(policy["name"]) for policy in described)
     for kind, title in KINDS.items():
+        name, what = title.split(": ")
         print_texts(
-            title,
-            {"name": 0, "what it does": 5, "needs": 2, "source": 3},
+            None,
+            {name.ljust(width): 0, what: 5, "needs": 2},
             [
-                [policy["name"], first_sentence(policy["description"]), ", ".join(policy["needs"]), policy["source"]]
+                [policy["name"], first_sentence(policy["description"]), ", ".join(policy["needs"])]
                 for policy in described
                 if policy["kind"] == kind
             ],
         )
-    say("one in full: moeroute policies NAME; how they go together: docs/policies.md")
+        print()
+    say("one in full, with its source: moeroute policies NAME; how they go together: docs/policies.md")
 
 
 def print_policy(policy: dict[str, Any]) -> None:
@@ -66,15 +69,19 @@ def print_policy(policy: dict[str, Any]) -> None:
     print(f"needs: {needs_in_words(policy) or 'nothing but scores'}\nsource: {policy['source']}")
 
 
-def print_texts(title: str, columns: Mapping[str, int], rows: Sequence[Sequence[str]]) -> None:
-    """A table of text, without lines, whose columns share the width by their numbers; those of 0 do not wrap."""
+def print_texts(title: str | None, columns: Mapping[str, int], rows: Sequence[Sequence[str]]) -> None:
+    """A table of text, without lines, whose columns share the width by their numbers; those of 0 do not wrap.
+
+    One without a title is dense: it has no line above and below the heads of its columns either.
+    """
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False, expand=True)
+    box = SIMPLE_HEAD if title else None
+    table = Table(title=title, title_justify="left", title_style="bold", box=box, pad_edge=False, expand=True)
     for column, share in columns.items():
         table.add_column(column, no_wrap=not share, ratio=share or None)
     for row in rows:
         table.add_row(*row)
-    Console(width=None if sys.stdout.isatty() else 160, markup=False, highlight=False).print(table)
+    Console(width=None if sys.stdout.isatty() else 120, markup=False, highlight=False).print(table)

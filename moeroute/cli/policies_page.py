@@ -38,7 +38,7 @@ study:
     scopes: [source_rank]               # the default: a real rank knows its own tokens only
 ```
 
-A range of two decades or more is searched evenly in its logarithm.
+A range marked *log* is searched evenly in its logarithm, and begins above 0.
 
 ## What a policy may need
 

@@ -22,14 +22,14 @@ def first_sentence(text: str) -> str:
 def range_in_words(parameter: dict[str, Any]) -> str:
     """What a search draws for a parameter, as in `describe_policies`.
 
-    >>> range_in_words({"type": "float", "low": 0.05, "high": 0.9, "step": 0.01})
-    '0.05 to 0.9'
+    >>> range_in_words({"type": "float", "low": 0.01, "high": 10, "step": 0.01, "log": True})
+    '0.01 to 10, log'
     >>> range_in_words({"type": "choice", "choices": ["none", "any"]})
     'none, any'
     """
     if parameter["type"] == "choice":
         return ", ".join(map(in_words, parameter["choices"]))
-    return f"{parameter['low']:g} to {parameter['high']:g}"
+    return f"{parameter['low']:g} to {parameter['high']:g}{', log' if parameter['log'] else ''}"
 
 
 def needs_in_words(policy: dict[str, Any]) -> str:

@@ -24,6 +24,12 @@ if TYPE_CHECKING:
 REPORT_FILE, TIMELINE_FILE, PAGE_FILE = "report.json", "timeline.json", "report.html"
 _TIERS = {"scale_up": "inside nodes", "scale_out": "between nodes"}
 _PARTS = ("attention", "gate", "dispatch", "experts", "combine", "other")
+_COMPLETED = "candidates beyond the recorded ones"
+# Shares that are zero under most policies, and shown only where they are not.
+_SELDOM: "dict[str, Callable[[Report], float]]" = {
+    "pairs rerouted": lambda report: report.rerouted_share,
+    "rows of padding": lambda report: report.padding_share,
+}
 _SHOWN_RANKS = 4  # critical ranks by name; the others are counted
 
 
@@ -278,10 +284,12 @@ def print_report(report: "Report", bound: "Report", about: "Mapping[str, str] | 
         ("experts a token", f"{report.experts_per_token:.2f}"),
         ("gate mass kept", f"{report.gate_mass:.1%}"),
         ("pairs dropped", f"{report.dropped_share:.1%}"),
+        *((name, f"{share:.1%}") for name, share_of in _SELDOM.items() if (share := share_of(report))),
         ("kept pairs lost with their rank", f"{report.lost_share:.1%}"),
         *((f"bytes {_TIERS.get(tier, tier)}, a step", f"{value:,.0f}") for tier, value in report.bytes_by_tier.items()),
         ("memory of a rank", _memory(report.memory)),
         ("  of which", _in_parts(report.memory)),
+        *([(_COMPLETED, "completed by a model")] if report.completed else []),
     ]
     steps = "1 step" if report.steps == 1 else f"{report.steps} steps"
     print_table(f"{report.name}, {report.costs}, {steps}", ["", ""], [[a, b] for a, b in rows])
@@ -339,9 +347,16 @@ def print_comparison(runs: Sequence[Run]) -> None:
         ),
         words("gate mass kept", lambda r: f"{r.gate_mass:.1%}"),
         words("pairs dropped", lambda r: f"{r.dropped_share:.1%}"),
+        *(
+            [name, *(f"{share_of(report):.1%}" for report in reports)]
+            for name, share_of in _SELDOM.items()
+            if any(map(share_of, reports))
+        ),
         words("kept pairs lost with their rank", lambda r: f"{r.lost_share:.1%}"),
         words("memory of a rank", lambda r: _memory(r.memory)),
     ]
+    if any(report.completed for report in reports):
+        rows.append(words(_COMPLETED, lambda r: "completed by a model" if r.completed else ""))
     print_table("side by side, in brackets over the first", ["", *(run.name for run in runs)], rows)
 
 

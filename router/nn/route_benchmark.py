@@ -1,7 +1,7 @@
 """The microbenchmark of routing: every part of a policy, on one rank's tokens of one layer."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -26,8 +26,12 @@ from traces.synthetic import synthetic_trace
 _TOKENS = (128, 512, 2048, 1024)  # every other one is held out: not the ends
 _REPLICAS = "replicas"
 _HISTORY_TOKENS = 512
-# Of choices that change what a part costs, each value is timed, the others at their first; of all others the first.
-_TIMED_CHOICES = ("drop", "reroute")
+# Parameters that change what a part costs, and values to time it at; all others are as they are by default.
+_TIMED = {
+    "drop": ("position", "probs", "first_choice", "batch_prioritised"),
+    "reroute": ("same_rank", "any"),
+    "pricing_rounds": (1, 5),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,23 +112,18 @@ def _typical_of(known: Mapping[str, type[Any]], width: int, experts: int) -> lis
 def _typical_values(part: type[Part], width: int, experts: int) -> list[dict[str, Any]]:
     groups = next(size for size in (4, 2, 1) if experts % size == 0 and experts // size >= width)
     special = {"groups": groups, "kept_groups": max(groups // 2, -(-width * groups // experts)), "scope": "source_rank"}
+    defaults = {field.name: field.default for field in fields(part)}  # type: ignore[arg-type]  # leaves are dataclasses
     plain: dict[str, Any] = {}
     for name, parameter in parameters_of(part).items():
         if name in special:
             plain[name] = special[name]
-        elif parameter.choices:
-            plain[name] = parameter.choices[0]
+        elif defaults[name] is not MISSING:
+            plain[name] = defaults[name]
         elif parameter.experts:
             plain[name] = width
         else:
-            middle = (parameter.low + parameter.high) / 2
-            plain[name] = int(middle) if parameter.whole else middle
-    others = [
-        plain | {name: value}
-        for name, parameter in parameters_of(part).items()
-        if name in _TIMED_CHOICES
-        for value in parameter.choices[1:]
-    ]
+            plain[name] = (parameter.low + parameter.high) / 2
+    others = [plain | {name: value} for name in plain for value in _TIMED.get(name, ()) if value != plain[name]]
     return [plain, *others]
 
 

@@ -28,7 +28,7 @@ class BalanceBias(Selection):
     source: ClassVar[str] = "Wang et al., arXiv 2408.15664"
     needs: ClassVar[tuple[Need, ...]] = ("more candidates than k",)
     k: int = field(metadata=whole(1, 8, "experts a token"))
-    rate: float = field(default=1e-3, metadata=number(1e-4, 0.05, "change of a bias in a step", step=1e-4))
+    rate: float = field(default=1e-3, metadata=number(1e-4, 0.05, "change of a bias in a step", log=True))
 
     @property
     def width(self) -> int:

@@ -31,9 +31,13 @@ class BatchSet(Adjustment):
     name: ClassVar[str] = "batch_set"
     source: ClassVar[str] = "after XShare, arXiv 2602.07265"
     needs: ClassVar[tuple[Need, ...]] = ("placement and prices", "more candidates than k")
-    passes: ClassVar[int] = 2
     active_share: float = field(metadata=share(0.3, 1.0, "share of each rank's experts that a step may use"))
     scope: Scope = field(default="source_rank", metadata=choice(("source_rank", "global"), "whose tokens it sees"))
+
+    @property
+    def passes(self) -> int:
+        """To look at the step, and to choose."""
+        return 2
 
     def adjust(
         self, used_TC: Array, candidates: Candidates, context: RouteContext, state: State

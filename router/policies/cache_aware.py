@@ -36,10 +36,14 @@ class CacheAware(Adjustment):
     name: ClassVar[str] = "cache_aware"
     source: ClassVar[str] = "Skliar et al., arXiv 2412.00099"
     needs: ClassVar[tuple[Need, ...]] = ("more candidates than k",)
-    passes: ClassVar[int] = 2
     bonus: float = field(metadata=number(0, 1, "bonus of a cached expert, in mean spreads of the log scores"))
     cache_share: float = field(metadata=share(0.1, 0.9, "share of a layer's experts that the cache holds"))
     protected: int = field(default=1, metadata=whole(1, 4, "best choices of a token that stay", least=0))
+
+    @property
+    def passes(self) -> int:
+        """To look at the step, and to choose."""
+        return 2
 
     def adjust(
         self, used_TC: Array, candidates: Candidates, context: RouteContext, state: State

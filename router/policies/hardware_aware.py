@@ -7,11 +7,11 @@ from router.backends import Array, namespace
 from router.candidates import Candidates
 from router.context import RouteContext, State
 from router.openings import in_units, to_host
-from router.parameters import choice, number
+from router.parameters import choice, number, whole
 from router.part import Need
 from router.policies.base import Adjustment, widen
 from router.policies.scope import Scope, by_scope
-from router.route_plan import CLOSING_ROUNDS, PRICING_ROUNDS, StepToPlan
+from router.route_plan import StepToPlan
 from router.step_load import StepLoad
 
 _SEEN = 32  # candidates of a token
@@ -33,6 +33,9 @@ class HardwareAware(Adjustment):
     objective never gets worse. A token uses as many experts as the selection gave it, if as many of its candidates
     stay open, or with `may_skip` fewer: not those whose score is below what they cost.
 
+    Each round goes over the candidates once, which a short step feels: with 64 ranks of a large model two rounds of
+    pricing find nearly all that six do, and with few ranks the search can cost more than it finds.
+
     It helps most at decode, where the weights of active experts are the time, and on ranks of uneven load. It needs
     candidates beyond k for the tokens to move to, and looks at 32 of a token. Where it sees one source rank's tokens
     alone it takes the others to have the like, and closes nothing: an expert closes only if all ranks leave it. A row
@@ -42,10 +45,32 @@ class HardwareAware(Adjustment):
     name: ClassVar[str] = "hardware_aware"
     source: ClassVar[str] = "moeroute"
     needs: ClassVar[tuple[Need, ...]] = ("placement and prices", "more candidates than k")
-    passes: ClassVar[int] = 1 + CLOSING_ROUNDS + PRICING_ROUNDS
-    price: float = field(metadata=number(0.01, 10, "gate mass share that a like share of the step's time is worth"))
+    price: float = field(
+        metadata=number(0.01, 10, "gate mass share that a like share of the step's time is worth", log=True)
+    )
     may_skip: bool = field(default=True, metadata=choice((True, False), "tokens may use fewer experts than chosen"))
+    closing_rounds: int = field(
+        default=2, metadata=whole(0, 8, "times that experts close, of all ranks' tokens", least=0, experts=False)
+    )
+    pricing_rounds: int = field(
+        default=2, metadata=whole(0, 6, "times that ranks and links raise their prices", least=0, experts=False)
+    )
     scope: Scope = field(default="source_rank", metadata=choice(("source_rank", "global"), "whose tokens it sees"))
+
+    @property
+    def passes(self) -> int:
+        """One for the selection's own plan, and one a round."""
+        return 1 + len(self._rounds)
+
+    @property
+    def work(self) -> tuple[str, ...]:
+        """The search, and its rounds one by one."""
+        return (self.name, *self._rounds)
+
+    @property
+    def _rounds(self) -> tuple[str, ...]:
+        closing = self.closing_rounds if self.scope == "global" else 0
+        return ("closing round",) * closing + ("pricing round",) * self.pricing_rounds
 
     def adjust(
         self, used_TC: Array, candidates: Candidates, context: RouteContext, state: State
@@ -73,6 +98,8 @@ class HardwareAware(Adjustment):
                 load=load,
                 price=self.price,
                 may_skip=self.may_skip,
+                closing_rounds=self.closing_rounds,
+                pricing_rounds=self.pricing_rounds,
             )
             return step.plan()
 

@@ -24,9 +24,13 @@ class Opportunistic(Adjustment):
 
     name: ClassVar[str] = "opportunistic"
     source: ClassVar[str] = "opportunistic expert activation, arXiv 2511.02237"
-    passes: ClassVar[int] = 2
     k0: int = field(metadata=whole(1, 8, "best experts of each token that are read in any case"))
     scope: Scope = field(default="source_rank", metadata=choice(("source_rank", "global"), "whose tokens it sees"))
+
+    @property
+    def passes(self) -> int:
+        """To look at the step, and to choose."""
+        return 2
 
     def adjust(
         self, used_TC: Array, candidates: Candidates, context: RouteContext, state: State

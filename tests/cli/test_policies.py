@@ -81,17 +81,20 @@ def test_needs_that_hang_on_a_parameter_are_said() -> None:
     assert "more candidates than k with reroute any" in needs_in_words(capacity)
 
 
-def test_the_tables_are_one_a_kind() -> None:
+def test_the_tables_are_one_a_kind_and_fit_on_a_screen() -> None:
     done = run()
     assert done.returncode == 0
     for kind in (SELECTIONS, ADJUSTMENTS, CAPACITIES):
         for name in kind:
-            assert re.search(rf"^ {name} ", done.stdout, re.MULTILINE), name
-    assert [line.split(":")[0] for line in done.stdout.splitlines() if re.match(r"\w+: ", line)] == [
+            assert re.search(rf"^{name} ", done.stdout, re.MULTILINE), name
+    lines = done.stdout.splitlines()
+    assert [line.split()[0] for line in lines if line.rstrip().endswith("  needs")] == [
         "selections",
         "adjustments",
         "capacities",
     ]
+    assert len(lines) <= 45
+    assert max(map(len, lines)) <= 120
 
 
 @pytest.mark.parametrize("name", list(POLICIES))

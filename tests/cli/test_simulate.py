@@ -66,6 +66,12 @@ def refused(done: Result) -> str:
     return line
 
 
+def line_with(words: str, text: str) -> str:
+    """The one line of a table that holds these words."""
+    (line,) = (line for line in text.splitlines() if words in line)
+    return line
+
+
 def processes(timeline: Path) -> list[str]:
     events = json.loads(timeline.read_text())["traceEvents"]
     return [event["args"]["name"] for event in events if event["name"] == "process_name"]
@@ -105,6 +111,36 @@ def test_people_read_the_same_in_tables(folder: Path) -> None:
         "timeline.json",
     }
     assert ElementTree.parse(folder / "tables" / "cluster.svg").getroot().tag.endswith("svg")
+
+
+def test_what_is_seldom_is_shown_where_there_is_some(folder: Path) -> None:
+    moving = {"factor": 1.0, "reroute": "any", "pad": True}
+    write(folder, "moving.yaml", name="moving", config={**SCENARIO["config"], "capacity": moving})
+    done = run("simulate", "moving.yaml", "-o", "moving", cwd=folder)
+    assert done.exit_code == 0, done.stderr
+    report = json.loads((folder / "moving" / "report.json").read_text())["event"]
+    assert report["rerouted_share"] > 0
+    assert report["padding_share"] > 0
+    assert f"{report['rerouted_share']:.1%}" in line_with("pairs rerouted", done.stdout)
+    assert f"{report['padding_share']:.1%}" in line_with("rows of padding", done.stdout)
+    assert "Pairs rerouted" in (folder / "moving" / "report.html").read_text()
+    plain = run("simulate", "scenario.yaml", "-o", "plain", cwd=folder)
+    both = run("simulate", "scenario.yaml", "moving.yaml", "--compare", "-o", "both", cwd=folder)
+    for words in ("pairs rerouted", "rows of padding"):
+        assert words not in plain.stdout
+        assert line_with(words, both.stdout).count("%") == 2
+    assert "completed" not in plain.stdout
+
+
+def test_a_completed_trace_is_named(folder: Path) -> None:
+    write(folder, "completed.yaml", name="completed", candidates=6)
+    done = run("simulate", "completed.yaml", "-o", "completed", cwd=folder)
+    assert done.exit_code == 0, done.stderr
+    assert "completed by a model" in line_with("candidates beyond the recorded ones", done.stdout)
+    assert (
+        "Candidates beyond the recorded ones were completed by a model."
+        in (folder / "completed" / "report.html").read_text()
+    )
 
 
 def test_without_html_no_page_is_written(folder: Path) -> None:

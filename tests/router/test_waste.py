@@ -122,3 +122,23 @@ def test_a_threshold_of_one_wastes_all(seed):
     # Dropped pairs hold no place; all others are below the threshold.
     assert found.wasted == pytest.approx(1)
     assert found.to_json()["claimed_up_to"] == CLAIM
+
+
+def test_what_null_experts_get_takes_no_place():
+    # 4 tokens of 2 pairs, 2 experts and 1 null one (2): loads 3 and 2, places 4 * 2 / 2 = 4; nothing can be dropped.
+    trace = trace_of([[0, 2], [0, 1], [2, 0], [1, 2]], [[0.9, 0.05], [0.5, 0.5], [0.92, 0.06], [0.6, 0.4]], experts=3)
+    trace = replace(trace, model=replace(trace.model, experts=2, null_experts=1))
+    found = waste(trace)
+    assert (found.places, found.dropped) == (4, 0)
+    assert found.padding == 3 / 8
+    # Of the five pairs one, expert 0's in token 2, has .06 of .98; the null expert's .05 is no pair.
+    assert found.below == 1 / 5
+    assert found.wasted == pytest.approx((3 + 1) / 8)
+    # Half of it: 2 places, and expert 0 drops one.
+    assert waste(trace, factor=0.5).dropped == 1 / 5
+
+
+def test_a_step_of_null_experts_alone_wastes_all_places():
+    trace = trace_of([[2], [2]], [[0.5], [0.5]], experts=3)
+    found = waste(replace(trace, model=replace(trace.model, experts=2, null_experts=1)))
+    assert (found.padding, found.active_padding, found.dropped, found.below, found.wasted) == (1, 0, 0, 0, 0)

@@ -351,3 +351,18 @@ def test_recorded_gpt_oss(shared_data):
     assert hidden.completion.log_loss.interval[1] < 2.3 < 3.0 < hidden.popularity.log_loss.interval[0]
     assert hidden.score_error.mean < 0.03
     check_values(complete(others, candidates=16, fitted_on=fitted))
+
+
+def test_null_experts_are_completed_as_others_are():
+    rng = np.random.default_rng(0)
+    plan, other = (_followers(rng, candidates=2) for _ in range(2))
+    model = replace(plan.model, experts=6, null_experts=2)
+    plan, other = replace(plan, model=model), replace(other, model=model, source="another recording")
+    done = complete(other, candidates=8, fitted_on=plan)
+    check_values(done)
+    # After expert e comes e + 1 and then e + 2, of 6 experts and 2 null ones alike.
+    right_T = done.expert_ids_TLC[:, 0, 2] == (done.expert_ids_TLC[:, 0, 1] + 1) % 8
+    assert right_T.mean() > 0.9
+    assert hidden_error(other, fit_completion(plan)).completion.recall[1].mean > 0.9
+    full = replace(_followers(rng, candidates=4), model=model, source="a third")
+    assert tail_error(full, fit_completion(plan)).load_distance < 0.5

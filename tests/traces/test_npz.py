@@ -190,3 +190,12 @@ def test_recorded_flame_moe(shared_data):
     assert (trace.tokens, trace.candidates) == (2048, 6)
     assert trace.score_kind == "softmax"
     assert (trace.phase_T == PREFILL).all()
+
+
+def test_ids_of_null_experts_are_read(tmp_path):
+    ids = np.array([[[0, 4], [2, 3]], [[5, 0], [1, 2]], [[1, 0], [5, 4]]], np.uint8)
+    np.savez(tmp_path / "a.npz", **_arrays(expert_ids=ids))
+    trace = import_npz(tmp_path / "a.npz", model=tiny_model(null_experts=2)).trace
+    assert sorted(trace.expert_ids_TLC[2, 1].tolist()) == [4, 5]
+    with pytest.raises(InputError, match=r"holds 5 in a model of 5 experts"):
+        import_npz(tmp_path / "a.npz", model=tiny_model(null_experts=1))

@@ -125,3 +125,47 @@ def test_more_experts_than_recorded_are_refused():
     for analyse in (active_set, expert_cache):
         with pytest.raises(InputError, match=r"top_k 3, but it recorded 2 candidates a token; use top_k 1 to 2"):
             analyse(trace, top_k=3)
+
+
+def with_nulls():
+    """Top 2 of 2 experts and 2 null ones (2, 3): tokens 0 2 | 1 0 | 3 2 | 0 3 of one request."""
+    ids = np.array([[0, 2], [1, 0], [3, 2], [0, 3]])[:, None]
+    return trace_of(ids, model=tiny_model(layers=1, experts=2, null_experts=2))
+
+
+def test_null_experts_are_never_active():
+    found = active_set(with_nulls())
+    # 1, 2, 0 and 1 experts; a token uses each of the four by half.
+    assert found.active_BL[0] == pytest.approx((1,))
+    assert found.uniform_B[0] == pytest.approx(1)
+    # After {0} come {0, 1} (a half was active before), none (counts as 0) and {0} (not active before).
+    assert found.reuse_BL[0] == pytest.approx((1 / 6,))
+
+
+def test_null_experts_take_no_place_of_a_cache():
+    cache = expert_cache(with_nulls())
+    # Pairs 0 | 1 0 | 0: the second 0 is hit at depth 0, the third at depth 1, as the best of a token goes last: 1 0.
+    assert cache.hit_LM.tolist() == [[1 / 4, 2 / 4]]
+    assert cache.pairs_per_token == 1
+    assert cache.hit(2) == 0.5
+
+
+def test_a_cache_of_null_experts_alone_is_refused():
+    trace = trace_of(np.full((3, 1, 1), 2), model=tiny_model(layers=1, experts=2, top_k=1, null_experts=1))
+    with pytest.raises(InputError, match=r"every pair is a null expert's"):
+        expert_cache(trace)
+    assert active_set(trace).active_BL[0] == (0,)
+
+
+def test_null_experts_change_nothing_for_the_others():
+    trace = synthetic_trace(tiny_model(experts=8), tokens=96, zipf=0.5, seed=0, tokens_per_request=32)
+    ids_TLC = np.insert(trace.expert_ids_TLC, 1, 8, axis=2)
+    nulls = trace_of(
+        ids_TLC,
+        model=tiny_model(experts=8, top_k=3, null_experts=1),
+        request_T=trace.request_T,
+        position_T=trace.position_T,
+    )
+    np.testing.assert_allclose(expert_cache(nulls).hit_LM, expert_cache(trace).hit_LM)
+    assert active_set(nulls).active_BL == active_set(trace).active_BL
+    assert active_set(nulls).reuse_any_BL == active_set(trace).reuse_any_BL

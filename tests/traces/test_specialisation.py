@@ -150,3 +150,18 @@ def test_recorded_domains(shared_data):
     # Domains lie apart, but with 13 requests most of the distance is the requests' own.
     assert (found.tv_pair_mean_chance_L > 0.5 * found.tv_pair_mean_L).all()
     assert found.requests == 13
+
+
+def test_null_experts_are_counted_as_experts():
+    # 3 is the null expert behind three others: all of code goes there.
+    trace = trace_of(
+        np.array([0, 0, 1, 3, 3, 3])[:, None, None],
+        model=tiny_model(layers=1, experts=3, top_k=1, null_experts=1),
+        request_T=np.arange(6, dtype=np.int32),
+        domains=("prose", "code"),
+        domain_T=np.array([0, 0, 0, 1, 1, 1], np.uint8),
+    )
+    found = specialisation(trace)
+    assert found.load_DLE.tolist() == [[[2, 1, 0, 0]], [[0, 0, 0, 3]]]
+    assert found.information_L.tolist() == pytest.approx([1])
+    assert (3, "code") in [(specialist.expert, specialist.domain) for specialist in found.specialists]

@@ -9,6 +9,7 @@ from traces.errors import InputError
 from traces.formats.npz import import_npz
 from traces.presets import PRESETS
 from traces.stats import Compute, trace_stats
+from traces.synthetic import synthetic_trace
 
 
 def test_numbers_a_person_can_check():
@@ -119,3 +120,27 @@ def test_sparse_and_dense_compute_a_person_can_check():
     assert found.active_parameters == pytest.approx(864 / 1632)
     assert Compute.of(tiny_model(), top_k=4).active_parameters == 1
     assert found.to_json()["sparse_flops"] == found.sparse_flops
+
+
+def test_null_experts_are_no_load_and_no_reuse():
+    # Top 2 of 2 experts and 2 null ones (2, 3). Loads 2, 1: mean 1.5, so max/mean 4/3. After 0 2 comes 2 0: one expert,
+    # used before; after that 1 3: one expert, not used before.
+    trace = trace_of([[[0, 2]], [[2, 0]], [[1, 3]]], model=tiny_model(layers=1, experts=2, null_experts=2))
+    stats = trace_stats(trace)
+    assert stats.max_over_mean_L == pytest.approx((4 / 3,))
+    assert stats.reuse_L == (1 / 2,)
+    assert stats.uniform_reuse == 2 / 4
+
+
+def test_a_layer_of_null_experts_alone_has_no_load():
+    trace = trace_of([[[2]], [[2]]], model=tiny_model(layers=1, experts=2, top_k=1, null_experts=1))
+    stats = trace_stats(trace)
+    assert (stats.max_over_mean_L, stats.gini_L, stats.reuse_L) == ((0,), (0,), (0,))
+
+
+def test_uniform_routing_draws_null_experts_too():
+    model = tiny_model(layers=1, experts=2, top_k=4, null_experts=2)
+    trace = synthetic_trace(model, tokens=50, zipf=0, seed=0)
+    # Each token uses all four, two of which are experts: all get as much.
+    assert trace_stats(trace).uniform.max_over_mean == 1
+    assert Compute.of(model).active_experts == 1

@@ -63,3 +63,11 @@ def test_requests_positions_phase_and_label():
 def test_bad_options_are_named(options, message):
     with pytest.raises(InputError, match=message):
         synthetic_trace(tiny_model(), **{"tokens": 4, "zipf": 1, "seed": 0, **options})
+
+
+def test_null_experts_are_drawn_as_others_are():
+    model = tiny_model(layers=3, experts=4, top_k=6, null_experts=4)
+    trace = synthetic_trace(model, tokens=4000, zipf=0, seed=0)
+    check_values(trace)
+    shares = np.bincount(trace.expert_ids_TLC.ravel(), minlength=8) / (4000 * 3)
+    assert shares == pytest.approx(np.full(8, 6 / 8), abs=0.02)

@@ -30,6 +30,14 @@ SECTIONS = (
 PLOTS = ("front", "accuracy", "stages", "expert-loads", "rank-loads")
 
 
+MOVES = {
+    "opportunistic": {"k0": 1},
+    "batch_set": {"active_share": 0.5},
+    "cache_aware": {"bonus": 0.3, "cache_share": 0.5},
+    "topology_aware": {"price": 0.1},
+}
+
+
 def top_k(k):
     return Config(policy="top_k", parameters={"k": k})
 
@@ -249,6 +257,28 @@ def test_an_unmeasured_study_shows_its_front(page, tmp_path):
     assert "trial 1 front top_k(k=2) contiguous 4.00 2.00× 97.0% 2.00" in text
     assert "trial 2" not in text  # beaten on both
     assert "costs are calibrated on a test box, which nothing has checked" in text
+
+
+def test_the_front_tells_policies_by_what_they_are_made_of(page, tmp_path):
+    limits = [None, *({"name": "capacity", "factor": 1 + number / 10} for number in range(2))]
+    moves = [None, *({"name": name, **given} for name, given in MOVES.items())]
+    configs = [Config(policy="top_k", parameters={"k": 2}, adjustment=a, capacity=c) for a in moves for c in limits]
+    trials = tuple(
+        replace(page.study.trials[0], number=number, config=config, step_s=1e-3 * (number + 1), gate_mass=0.5)
+        for number, config in enumerate(configs)
+    )
+    studied = StudyResult(trials=trials, front=pareto_front(trials), found_before=0)
+    html = written(replace(page, study=studied, validation=None), tmp_path)
+    legend = re.findall(r'"name":"([^"]*)","opacity|"mode":"markers","name":"([^"]*)"', html)
+    names = [one or other for one, other in legend]
+    # Ten kinds, each of the five with a capacity from two trials: the fastest is the front, then the larger ones.
+    assert names == [
+        "top_k",
+        *sorted(f"top_k{move} + capacity" for move in ["", *(f" + {name}" for name in MOVES)]),
+        "top_k + batch_set",
+        "3 others",
+        "baseline",
+    ]
 
 
 def test_text_is_escaped_wherever_it_comes_from(page, tmp_path):

@@ -17,7 +17,7 @@ from router.policies import ADJUSTMENTS, CAPACITIES, POLICIES, SELECTIONS
 from traces.errors import InputError
 from tuner.replays import Replays
 from tuner.scenario import Config, Space, parse_scenario
-from tuner.space import RandomSuggestions, suggest_config
+from tuner.space import RandomSuggestions, Values, suggest_config
 
 NOTHING_ELSE: dict[str, Any] = {"adjustments": ["none"], "capacities": ["none"]}
 
@@ -120,7 +120,7 @@ def test_two_numbers_are_a_range_and_others_are_values(written: Any, drawn: set[
     assert {config.parameters["k"] for config in configs(space)} == drawn
 
 
-def test_a_range_over_decades_is_drawn_in_its_logarithm() -> None:
+def test_a_number_declared_so_is_drawn_in_its_logarithm() -> None:
     space = Space(policies=["balance_bias"], **NOTHING_ELSE, ranges={"balance_bias.rate": [1e-4, 1e-1]})
     rates = [config.parameters["rate"] for config in configs(space, 600)]
     assert min(rates) == 1e-4
@@ -128,6 +128,19 @@ def test_a_range_over_decades_is_drawn_in_its_logarithm() -> None:
     # 61 values, 20 in each of three decades and one at the end.
     by_decade = [sum(low <= rate < 10 * low for rate in rates) / 600 for low in (1e-4, 1e-3, 1e-2)]
     assert all(0.25 < share < 0.41 for share in by_decade)
+    narrow = Space(policies=["balance_bias"], **NOTHING_ELSE, ranges={"balance_bias.rate": [0.01, 0.02]})
+    # 10 ** -2, and .05 more in the exponent up to -1.70: seven values, each a ninth above the one before.
+    assert sorted({config.parameters["rate"] for config in configs(narrow, 300)}) == [
+        *(0.01, 0.011, 0.013, 0.014, 0.016, 0.018, 0.02)
+    ]
+
+
+def test_a_logarithm_begins_above_zero() -> None:
+    with pytest.raises(ValueError, match=r"range \[0.0, 1.0\] is searched evenly in its logarithm; begin above 0"):
+        Space(ranges={"hardware_aware.price": [0, 1]})
+    written = Space(ranges={"hardware_aware.price": {"values": [0, 1]}}).ranges["hardware_aware.price"]
+    assert isinstance(written, Values)
+    assert written.values == [0, 1]
 
 
 @st.composite

@@ -1,8 +1,8 @@
 """Routing traces in npz: arrays of expert ids and gates, requests one after another.
 
-Keys: `expert_ids` integer [T, L, K], `gate_weights` floating [T, L, K], `request_offsets` integer [R + 1],
-`layer_ids` [L], `num_experts`, `top_k`; optional `token_position` integer [T] and `request_meta` (UTF-8 JSON as
-uint8: one object a request, of which `dataset` names the request's domain).
+Keys: `expert_ids` integer [T, L, K] (null experts behind the `num_experts` others), `gate_weights` floating [T, L, K],
+`request_offsets` integer [R + 1], `layer_ids` [L], `num_experts`, `top_k`; optional `token_position` integer [T] and
+`request_meta` (UTF-8 JSON as uint8: one object a request, of which `dataset` names the request's domain).
 """
 
 import json
@@ -69,10 +69,10 @@ def _imported(
     if skipped == tokens:
         raise InputError(f"no token without padding (-1) among {tokens}; record the trace again")
     ids_TLK, gates_TLK = ids_TLK[kept_T], gates_TLK[kept_T]
-    outside = ids_TLK[(ids_TLK < 0) | (ids_TLK >= model.experts)]
+    outside = ids_TLK[(ids_TLK < 0) | (ids_TLK >= model.all_experts)]
     if outside.size:
         raise InputError(
-            f"expert_ids holds {outside[0]} in a model of {model.experts} experts; "
+            f"expert_ids holds {outside[0]} in a model of {model.all_experts} experts; "
             "give logical ids (physical slots need the engine's map), or another model"
         )
     order_TLK = np.argsort(-gates_TLK.astype(np.float64), axis=2, stable=True)

@@ -76,7 +76,7 @@ def adjusted(candidates: Candidates, price: float, prices: RoutePrices, *, k: in
     used_TC = np.zeros(candidates.ids_TC.shape, dtype=np.bool_)
     used_TC[:, :k] = True
     context = RouteContext(layer=0, ranks=RANKS, renormalise=True, prices=prices)
-    policy = HardwareAware(price=price, may_skip=may_skip, scope="global")
+    policy = HardwareAware(price=price, may_skip=may_skip, closing_rounds=8, pricing_rounds=6, scope="global")
     return used_TC, policy.adjust(used_TC, candidates, context, {})[0]
 
 
@@ -139,6 +139,8 @@ def test_a_sample_has_tokens_of_every_source_also_where_they_take_turns() -> Non
         load=StepLoad.of(REGIMES["all"], 0, experts=16, source=None, ranks=RANKS),
         price=1.0,
         may_skip=True,
+        closing_rounds=2,
+        pricing_rounds=2,
     )
     sample = step.sample()
     # 256 tokens, each for 16: the load of a rank is that of the whole step, give or take.

@@ -20,7 +20,9 @@ IDS_TC = np.array([[2, 0, 1, 3], [0, 1, 2, 3]])
 BACKENDS = {"numpy": np.asarray, "torch": torch.as_tensor}
 
 
-def weights_of(policy: RoutingPolicy, *, backend: str = "numpy", top_k: int = 2, **candidates: Any) -> list[list[float]]:
+def weights_of(
+    policy: RoutingPolicy, *, backend: str = "numpy", top_k: int = 2, **candidates: Any
+) -> list[list[float]]:
     array = BACKENDS[backend]
     offered = Candidates(
         ids_TC=array(IDS_TC),
