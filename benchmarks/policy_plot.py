@@ -19,10 +19,12 @@ _COLOURS = {
     "group_limited": "#8e4585",
 }
 _OTHERS = "#b3bac2"
+_LEAST_MASS = 0.6
+_MOST_LOSS = 0.08  # what lies beyond is of no use to anyone
 
 
 def write_plot(path: Path, result: Mapping[str, Any]) -> None:
-    """Loss against measured and simulated steps of the reference model, then gate mass of each deployment."""
+    """Loss against measured and simulated steps of the reference model, then gate mass of each setting."""
     fronts = [front for front in result["fronts"] if front["scope"] == "global"]
     panels = 2 + len(fronts)
     rows = -(-panels // 2)
@@ -34,8 +36,8 @@ def write_plot(path: Path, result: Mapping[str, Any]) -> None:
     for axis, front in zip(flat[2:], fronts, strict=False):
         for family in (*PUBLISHED, OURS):
             if family in front["points"]:
-                points = sorted(front["points"][family])
-                _line(axis, family, [s * 1e3 for _, s in points], [mass for mass, _ in points])
+                _family(axis, family, [(s * 1e3, -mass) for mass, s in front["points"][family]], sign=-1)
+        axis.set_ylim(_LEAST_MASS, 1.01)
         axis.set_xlabel("simulated step (ms)")
         axis.set_ylabel("gate mass kept")
         axis.set_title(front["setting"], fontsize=9)
@@ -52,12 +54,27 @@ def _scatter(axis: Any, rows: Sequence[Mapping[str, Any]], time: str, loss: str,
     others = [row for row in rows if row["policy"] not in _COLOURS]
     axis.scatter([row[time] * 1e3 for row in others], [row[loss] for row in others], color=_OTHERS, s=14)
     for family in (*PUBLISHED, OURS):
-        own = sorted((row[time] * 1e3, row[loss]) for row in rows if row["policy"] == family)
-        _line(axis, family, [x for x, _ in own], [y for _, y in own])
+        _family(axis, family, [(row[time] * 1e3, row[loss]) for row in rows if row["policy"] == family], sign=1)
+    axis.set_ylim(-0.003, _MOST_LOSS)
     axis.set_xlabel(label)
     axis.set_ylabel("loss over top-k (nats a byte)")
     axis.set_title("reference model, held-out text; grey: the other policies", fontsize=9)
 
 
-def _line(axis: Any, family: str, x: Sequence[float], y: Sequence[float]) -> None:
-    axis.plot(x, y, "o-", color=_COLOURS[family], label=family.replace("_", " "), markersize=4, linewidth=1)
+def _family(axis: Any, family: str, points: Sequence[tuple[float, float]], *, sign: int) -> None:
+    """Points of (time, what is lost), and a line through those that no other of the family beats."""
+    best: list[tuple[float, float]] = []
+    for time, lost in sorted(points):
+        if not best or lost < best[-1][1]:
+            best.append((time, lost))
+    colour = _COLOURS[family]
+    axis.scatter([time for time, _ in points], [sign * lost for _, lost in points], color=colour, s=12)
+    axis.plot(
+        [time for time, _ in best],
+        [sign * lost for _, lost in best],
+        "o-",
+        color=colour,
+        label=family.replace("_", " "),
+        markersize=4,
+        linewidth=1,
+    )

@@ -98,8 +98,9 @@ class Capacity(Limit):
     quality. T tokens in the scope, E experts, K the most experts a token can get:
 
     - rule `megatron`: C = ceil(T * K / E * factor), in the order that Megatron rounds;
-    - rule `tutel`: C = K * int(factor * ceil(T / E)). Factor 0: as many as the fullest expert of all scopes has, so
-      that nothing is dropped. A negative one: the smaller of that and the C of the factor without its sign;
+    - rule `tutel`: C = K * int(factor * ceil(T / E)), which for few tokens and a factor below 1 is nothing at all.
+      Factor 0: as many as the fullest expert of all scopes has, so that nothing is dropped. A negative one: the smaller
+      of that and the C of the factor without its sign;
     - rule `megablocks`: the K choices go in K passes, each with a C = int(factor * (T / E)) of its own, as the
       library's first version did (later ones count all choices in one). A C of 0 means as many as the scope's fullest
       expert has.
@@ -139,6 +140,11 @@ class Capacity(Limit):
             raise InputError(
                 f"policy {self.name}: factor is {self.factor:g}; only rule tutel takes a negative one, "
                 f"rule {self.rule} one of at least 0"
+            )
+        if self.factor == 0 and self.rule == "megatron":
+            raise InputError(
+                f"policy {self.name}: factor is 0, which leaves no expert a place; use one above 0, or leave the "
+                "capacity out to drop nothing"
             )
 
     @property

@@ -8,7 +8,17 @@ from numpy.typing import NDArray
 
 from cost_models.devices import Device
 from cost_models.kernels.token_traffic import Direction
-from cost_models.ops import Combine, CostModel, CountExchange, Experts, Gate, Permute, Regroup, WeightTransfer
+from cost_models.ops import (
+    Combine,
+    CostModel,
+    CountExchange,
+    Experts,
+    Gate,
+    HostToDevice,
+    Permute,
+    Regroup,
+    WeightTransfer,
+)
 from sim.execution import Execution, Overlap
 from sim.lower import MODES, Work
 from sim.stages import Block, Blocks, Pricing, Stage, once
@@ -17,11 +27,18 @@ from traces.errors import InputError
 
 
 def blocks_of(
-    work: Work, costs: CostModel, execution: Execution | None = None, *, device: Device | None = None
+    work: Work,
+    costs: CostModel,
+    execution: Execution | None = None,
+    *,
+    device: Device | None = None,
+    resident_LS: NDArray[np.bool_] | None = None,
 ) -> Blocks:
     """The blocks of one microbatch, in order, priced by `costs`.
 
     `execution` None: as its defaults say. `device`: what computes, where communication takes multiprocessors from it.
+    `resident_LS`: the placement's slots whose experts stay in memory, by layer of `work`; None: all. The others are
+    loaded in every step that uses them, and before the layer's experts begin: nothing is kept or fetched ahead.
 
     Errors: `InputError` where the whole step is wanted but the model's attention or the requests are not known, or
     where `costs` cannot price an operation.
@@ -38,7 +55,7 @@ def blocks_of(
     )
     if execution.extent == "moe":
         pricing = Pricing(costs, work.layers, work.ranks, launch_s=0.0)
-        stages = _moe_stages(pricing, work, work.tokens_G, sms, execution.overlap)
+        stages = _moe_stages(pricing, work, work.tokens_G, sms, execution.overlap, resident_LS)
         return (Block(stages=tuple(stages), row_of_layer=work.row_of_layer),)
     model, context = work.model, work.context
     if not model.attention:
@@ -55,7 +72,7 @@ def blocks_of(
     pricing = Pricing(costs, work.layers, work.ranks, launch_s=execution.launch_s if bucket is None else 0.0)
     attention = attention_stages(pricing, work, context, tokens_G, execution)
     rows_G = context.requests_G if context.phase == "prefill" else tokens_G
-    moe = _moe_stages(pricing, work, tokens_G, sms, execution.overlap)
+    moe = _moe_stages(pricing, work, tokens_G, sms, execution.overlap, resident_LS)
     return (
         *layers_before(pricing, model, attention, tokens_G),
         Block(
@@ -77,7 +94,12 @@ class _Multiprocessors:
 
 
 def _moe_stages(
-    pricing: Pricing, work: Work, tokens_G: NDArray[np.int64], sms: _Multiprocessors, overlap: Overlap
+    pricing: Pricing,
+    work: Work,
+    tokens_G: NDArray[np.int64],
+    sms: _Multiprocessors,
+    overlap: Overlap,
+    resident_LS: NDArray[np.bool_] | None,
 ) -> list[Stage]:
     """The stages of an MoE layer; `tokens_G` are those that dense work runs on, the padding of a graph's bucket too."""
     model, ranks = work.model, work.ranks
@@ -131,6 +153,7 @@ def _moe_stages(
         *under_dispatch,
         *exchange("dispatch", "dispatch"),
         *pricing.compute("regroup", regroup),
+        *([] if resident_LS is None else _load_experts(pricing, work, resident_LS)),
         *computed,
         *pricing.compute("ungroup", regroup),
         *under_return,
@@ -147,6 +170,17 @@ def _spill_weights(pricing: Pricing, work: Work, experts_LGG: NDArray[np.int64])
     return [_share(stage, moves_L1) for stage in pricing.communicate("spill weights", transfer)]
 
 
+def _load_experts(pricing: Pricing, work: Work, resident_LS: NDArray[np.bool_]) -> list[Stage]:
+    """The weights that ranks load from their host; guest places of a spill get theirs from another rank."""
+    if resident_LS.all():
+        return []
+    groups, tensor = work.layout.expert_groups, work.layout.expert_tensor
+    away_LGS = np.repeat(~resident_LS.reshape(work.layers, groups, -1), tensor, axis=1)
+    used_LGS = work.rows_LGS[:, :, : away_LGS.shape[2]] > 0
+    bytes_LG = (away_LGS & used_LGS).sum(axis=2) * (work.model.expert_bytes / tensor)
+    return [_share(stage, bytes_LG > 0) for stage in pricing.compute("load experts", HostToDevice(bytes_X=bytes_LG))]
+
+
 def _beside(
     shared: Sequence[Stage], experts: Sequence[Stage], overlap: Overlap, matrices: int
 ) -> tuple[list[Stage], list[Stage], list[Stage]]:
@@ -159,7 +193,7 @@ def _beside(
 
 
 def _share(stage: Stage, share: float | NDArray[np.bool_]) -> Stage:
-    """A part of a stage's time, the same in all layers or by layer [L, 1]."""
+    """A part of a stage's time, the same in all layers, or by layer [L, 1] or layer and rank."""
 
     def part(value_LG: NDArray[np.float64] | None) -> NDArray[np.float64] | None:
         return None if value_LG is None else value_LG * share

@@ -48,6 +48,8 @@ def memory_use(
 ) -> MemoryUse:
     """The memory of one rank: its experts, its share of everything else, its KV cache, and dispatch buffers.
 
+    Where a part of its experts stays in the host's memory, it has room for the others and for one more expert, through
+    which those that a layer uses come one after another.
     Embeddings, dense layers and shared experts stand whole on every rank; attention does where it is data-parallel,
     else ranks share its heads: grouped key-value heads are split, as far as they go round, a latent cache is not. The
     cache holds `kv_tokens_per_rank` tokens of the requests that a rank works on. Buffers: `per_expert`, room for every
@@ -55,6 +57,8 @@ def memory_use(
     layer, `width` a token, as sent and as received when rows spread evenly.
     """
     tensor = layout.attention_tensor
+    resident = placement.resident_slots_of_rank
+    expert_places = resident + (resident < placement.layers * placement.slots_per_rank)
     whole_parameters = model.other_parameters - model.attention_parameters + model.layers * model.shared_parameters
     kv_share = 1 if model.attention == "latent" else min(tensor, max(model.kv_heads, 1))
     if protocol == "per_expert":
@@ -66,7 +70,7 @@ def memory_use(
     else:
         buffer_bytes = (1.0 + layout.expert_tensor) * tokens_per_rank * width * model.row_bytes
     return MemoryUse(
-        expert_bytes=placement.slots_per_rank * model.layers * model.expert_bytes / layout.expert_tensor,
+        expert_bytes=expert_places * model.expert_bytes / layout.expert_tensor,
         other_weight_bytes=(whole_parameters + model.attention_parameters / tensor) * model.other_weight_bytes,
         kv_cache_bytes=kv_tokens_per_rank * model.kv_bytes_per_token * DTYPE_BYTES.get(kv_dtype, 2.0) / 2 / kv_share,
         buffer_bytes=buffer_bytes,

@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from cost_models.ops import CostModel, Experts, Regroup, TokenExchange
+from cost_models.ops import CostModel, Experts, HostToDevice, Regroup, TokenExchange
 from cost_models.traffic import Traffic
 from router.placement.base import Placement
 from router.prices import RoutePrices
@@ -30,7 +30,8 @@ def prices_of(
     """Marginal costs where each of the ranks has `tokens_per_rank` tokens that use `width` experts evenly.
 
     Slopes of the cost model's own times about that load: at few rows an expert a step waits for weights and a row is
-    almost free, at many it is the other way round.
+    almost free, at many it is the other way round. An expert that stays in no rank's memory costs its loading; one that
+    stays in some rank's costs none, though its other replicas may be loaded.
     """
     rows_per_slot = tokens_per_rank * layout.ranks * width / placement.slots
     row_s, active_s = _expert_prices(model, placement, costs, layout, protocol, rows_per_slot, width)
@@ -39,7 +40,7 @@ def prices_of(
         row_s=row_s,
         active_s=active_s,
         hop_s_GG=_hop_prices(model, costs, layout, protocol, dispatch_dtype, max(tokens_per_rank, 1), width),
-        load_s_LE=np.zeros((placement.layers, placement.experts)),
+        load_s_LE=_load_prices(model, placement, costs, layout),
         node_of_G=layout.node_of_G,
     )
 
@@ -88,6 +89,14 @@ def _expert_prices(
             Regroup(rows_X=rows_XS.sum(axis=1), segments=slots * layout.ranks, row_bytes=model.row_bytes)
         )
     return _slopes(time_X, rows_X, (rows_XS > 0).sum(axis=1).astype(np.float64))
+
+
+def _load_prices(model: ModelSpec, placement: Placement, costs: CostModel, layout: Layout) -> NDArray[np.float64]:
+    """Seconds [L, E] to load each expert, or a rank's part of it, from the host; 0 for those that are resident."""
+    if placement.resident_LE.all():
+        return np.zeros(placement.resident_LE.shape)
+    load_s = costs.seconds(HostToDevice(bytes_X=np.array([model.expert_bytes / layout.expert_tensor])))[0]
+    return np.where(placement.resident_LE, 0.0, load_s)
 
 
 def _slopes(

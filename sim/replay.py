@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cost_models.cluster import Cluster
-from cost_models.ops import CostModel
+from cost_models.ops import CostModel, HostToDevice
 from router.assignment import Assignment
 from router.backends import rank_within_group
 from router.candidates import Candidates
@@ -210,14 +210,16 @@ class Replay:
             for half_T in (first_T, ~first_T)
         )
 
-    def price(self, works: Sequence[Work]) -> tuple[Blocks, ...]:
+    def price(self, works: Sequence[Work], placement: Placement) -> tuple[Blocks, ...]:
         """The blocks of each microbatch of a step; the host's gap comes once."""
+        resident_LS = None if placement.resident_LS is None else placement.resident_LS[self.layers]
         lanes = [
             blocks_of(
                 work,
                 self.costs,
                 self.execution if last else replace(self.execution, host_gap_s=0.0),
                 device=self.cluster.device,
+                resident_LS=resident_LS,
             )
             for work, last in zip(works, [False] * (len(works) - 1) + [True], strict=True)
         ]
@@ -265,7 +267,8 @@ class Replay:
         With `intervals` each step is simulated twice more, with all costs at the one and the other end of their
         intervals: as sure as the cost model is if all its errors went the same way.
 
-        Errors: `InputError` where the placement is of another model or another number of ranks.
+        Errors: `InputError` where the placement is of another model or another number of ranks, or has experts loaded
+        that the cost model cannot price.
         """
         model = self.trace.model
         layout = self.shared
@@ -278,12 +281,14 @@ class Replay:
                 f"the placement is for {placement.layers} layers of {placement.experts} experts on {placement.ranks} "
                 f"ranks, the replay has {model.layers} of {model.experts} on {layout.expert_groups}; place for these"
             )
+        if placement.resident_LS is not None and not placement.resident_LS.all():
+            self._check_loading()
         assignments, quality = self.route(policy, self.prices(policy, placement))
         works = [
             self.lower(policy, placement, step, of_step, replica_choice)
             for step, of_step in zip(self.steps, assignments, strict=True)
         ]
-        priced = [self.price(of_step) for of_step in works]
+        priced = [self.price(of_step, placement) for of_step in works]
         timelines = [self.simulate(lanes, fidelity, step=step) for step, lanes in enumerate(priced)]
         ends = [self._ends_s(lanes, fidelity, step) for step, lanes in enumerate(priced)] if intervals else None
         report = summarize(
@@ -296,8 +301,18 @@ class Replay:
             quality=quality,
             memory=self.memory(policy, placement),
             flops_per_token=model.flops_per_token(quality.experts_per_token),
+            completed=self.trace.completed,
         )
         return report, timelines, works
+
+    def _check_loading(self) -> None:
+        try:
+            self.costs.predict(HostToDevice(bytes_X=np.ones(1)))
+        except InputError as error:
+            raise InputError(
+                f"resident_share: {self.costs.name} costs know no link to the host; price it on the datasheet or "
+                "measured kernels, or keep all experts in memory with 1"
+            ) from error
 
     def _context(self, step: Step) -> Context:
         return Context.of_step(

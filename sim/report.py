@@ -28,6 +28,7 @@ PARTS = {
     "dispatch": "dispatch",
     "regroup": "dispatch",
     "shared": "experts",
+    "load experts": "experts",
     "experts": "experts",
     "experts down": "experts",
     "ungroup": "combine",
@@ -116,6 +117,7 @@ def summarize(
     quality: RoutingQuality,
     memory: MemoryUse,
     flops_per_token: float,
+    completed: bool = False,
 ) -> Report:
     """Put the steps of one replay, each of one or more microbatches, into one report."""
     step_s_by_step = [timeline.step_s for timeline in timelines]
@@ -159,6 +161,7 @@ def summarize(
         bytes_by_tier=_mean_of([_sum_of([work.bytes_by_tier() for work in of_step]) for of_step in works]),
         expert_flops_per_token=flops_per_token,
         memory=memory,
+        completed=completed,
     )
 
 

@@ -13,6 +13,7 @@ from router.placement import PLACEMENTS
 from router.policies import (
     POLICIES,
     RoutingPolicy,
+    Weights,
     make_adjustment,
     make_capacity,
     make_selection,
@@ -28,11 +29,16 @@ class Strict(BaseModel):
 
 
 class PlacementChoice(Strict):
-    """Where experts go, how many slots beyond one an expert there are, and which replica computes a pair."""
+    """Where experts go, how many slots beyond one an expert there are, and which replica computes a pair.
+
+    `resident_share`: of each rank's experts, so many stay in its memory and the others are loaded from the host when
+    they are used (`router.placement.residency`).
+    """
 
     algorithm: str = "contiguous"
     redundant_slots: int = Field(default=0, ge=0)
     replica_choice: Literal["even", "local"] = "even"
+    resident_share: float = Field(default=1.0, gt=0, le=1)
 
     @model_validator(mode="after")
     def _known_algorithm(self) -> "PlacementChoice":
@@ -45,10 +51,12 @@ class PlacementChoice(Strict):
 
         >>> PlacementChoice(algorithm="lpt", redundant_slots=4, replica_choice="local").describe()
         'lpt+4 local'
+        >>> PlacementChoice(algorithm="lpt", resident_share=0.5).describe()
+        'lpt resident 50%'
         """
-        return (
-            f"{self.algorithm}+{self.redundant_slots} {self.replica_choice}" if self.redundant_slots else self.algorithm
-        )
+        replicas = f"+{self.redundant_slots} {self.replica_choice}" if self.redundant_slots else ""
+        resident = f" resident {100 * self.resident_share:.3g}%" if self.resident_share < 1 else ""
+        return self.algorithm + replicas + resident
 
 
 class PartChoice(BaseModel):
@@ -59,6 +67,7 @@ class PartChoice(BaseModel):
 
     model_config = ConfigDict(extra="allow", frozen=True)
     default_name: ClassVar[str | None] = None
+    example: ClassVar[str]
     make: ClassVar[Callable[[str, Mapping[str, Any]], Part]]
 
     name: str
@@ -66,8 +75,10 @@ class PartChoice(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _in_full(cls, document: Any) -> Any:
-        if not isinstance(document, dict):
+        if isinstance(document, cls):
             return document
+        if not isinstance(document, dict):
+            raise ValueError(f"write it as {cls.example}, or none")
         name = document.get("name", cls.default_name)
         if not isinstance(name, str):
             return document
@@ -82,6 +93,7 @@ class PartChoice(BaseModel):
 class AdjustmentChoice(PartChoice):
     """A batch- or hardware-aware adjustment, as `{name: opportunistic, k0: 2}`."""
 
+    example = "{name: opportunistic, k0: 2}"
     make = make_adjustment
 
     def part(self) -> Adjustment:
@@ -93,6 +105,7 @@ class CapacityChoice(PartChoice):
     """A capacity, as `{factor: 1.25}`; the plain `capacity` needs no name."""
 
     default_name = "capacity"
+    example = "{factor: 1.25}"
     make = make_capacity
 
     def part(self) -> Limit:
@@ -101,12 +114,16 @@ class CapacityChoice(PartChoice):
 
 
 class Config(Strict):
-    """One point of the search: a selection with its parameters, an adjustment, a capacity and a placement."""
+    """One point of the search: a selection with its parameters, an adjustment, a capacity and a placement.
+
+    `weights`: of the experts that a token uses, see `RoutingPolicy`; the search leaves it as it is by default.
+    """
 
     policy: str
     parameters: dict[str, Any] = Field(default_factory=dict)
     adjustment: AdjustmentChoice | None = None
     capacity: CapacityChoice | None = None
+    weights: Weights = "renormalised"
     placement: PlacementChoice = PlacementChoice()
 
     @model_validator(mode="before")
@@ -116,8 +133,9 @@ class Config(Strict):
             return document
         parameters = document.get("parameters", {})
         if not isinstance(parameters, dict):
-            return document
-        return {**document, "parameters": in_full(make_selection, document["policy"], parameters)}
+            raise ValueError(f"parameters are {parameters!r}; write them by name, as {{k: 4}}")
+        none = {part: None for part in ("adjustment", "capacity") if document.get(part) == "none"}
+        return {**document, **none, "parameters": in_full(make_selection, document["policy"], parameters)}
 
     def routing_policy(self) -> RoutingPolicy:
         """The policy as the simulator and the real layer run it."""
@@ -125,6 +143,7 @@ class Config(Strict):
             selection=make_selection(self.policy, self.parameters),
             adjustment=None if self.adjustment is None else self.adjustment.part(),
             capacity=None if self.capacity is None else self.capacity.part(),
+            weights=self.weights,
         )
 
     def key(self) -> str:

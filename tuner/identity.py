@@ -9,12 +9,13 @@ from tuner.replays import Replays
 
 
 def study_identity(replays: Replays) -> str:
-    """A digest of the scenario (but for the number of trials), the content of its trace, and that of its profiles."""
+    """A digest of the scenario (but for the number of trials), the content of its trace, and that of its files."""
     scenario = replays.scenario
     document = scenario.model_dump(mode="json", by_alias=True, exclude={"trace", "costs", "study"})
     costs = [path.read_text(encoding="utf-8") for path in profile_paths(scenario)]
-    if scenario.cluster.file is not None:
-        costs.append(scenario.cluster.file.read_text(encoding="utf-8"))
+    costs += [
+        path.read_text(encoding="utf-8") for path in (scenario.cluster.file, scenario.output_errors) if path is not None
+    ]
     study = scenario.study.model_dump(mode="json", exclude={"trials"})
     content = json.dumps([document, study, costs, trace_digest(replays.trace)], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()

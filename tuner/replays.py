@@ -9,9 +9,10 @@ from numpy.typing import NDArray
 
 from cost_models.cluster import Cluster
 from cost_models.devices import dtype_bytes
-from router.history import RoutingHistory
+from router.history import RoutingHistory, read_output_errors
 from router.placement import place
 from router.placement.base import Placement, check_slots
+from router.placement.residency import keep_resident
 from sim.layout import Layout
 from sim.lower import Work
 from sim.replay import Fidelity, Replay
@@ -57,7 +58,7 @@ class Replays:
         plan, *others = parts or parts_of(scenario, trace)
         check_policy("config", scenario.config.routing_policy(), others[0])
         scenario = fit_space(scenario, others[0], layout.expert_groups)
-        history = None if plan.gates_TLC is None else RoutingHistory.of(plan)
+        history = _history_of(plan, scenario)
         names: tuple[Window, Window] = ("tune", "validate")
         windows = {
             name: Replay(
@@ -96,14 +97,15 @@ class Replays:
         return self.windows["tune"].shared
 
     def placement(self, config: Config) -> Placement:
-        """Where the config puts the experts, planned on the first window's loads."""
-        return place(
+        """Where the config puts the experts and which stay in memory, planned on the first window's loads."""
+        placement = place(
             config.placement.algorithm,
             self.planned_loads_LE,
             ranks=self.layout.expert_groups,
             slots=slots_of(config, self.trace),
             seed=self.scenario.seed,
         )
+        return keep_resident(placement, self.planned_loads_LE, config.placement.resident_share)
 
     def run(
         self,
@@ -115,8 +117,7 @@ class Replays:
         name: str = "",
     ) -> tuple[Report, list[Timeline], list[tuple[Work, ...]]]:
         """Replay one window under one config."""
-        replay = self.windows[window]
-        report, timelines, works = replay.run(
+        return self.windows[window].run(
             config.routing_policy(),
             self.placement(config),
             replica_choice=config.placement.replica_choice,
@@ -124,7 +125,16 @@ class Replays:
             intervals=intervals,
             name=name or config.describe(),
         )
-        return replace(report, completed=replay.trace.completed), timelines, works
+
+
+def _history_of(plan: RoutingTrace, scenario: Scenario) -> RoutingHistory | None:
+    """What the plan window says, with errors that were measured on the model where the scenario names some."""
+    if plan.gates_TLC is None:
+        return None
+    history = RoutingHistory.of(plan)
+    if scenario.output_errors is None:
+        return history
+    return history.with_output_error(read_output_errors(scenario.output_errors))
 
 
 def slots_of(config: Config, trace: RoutingTrace) -> int:

@@ -37,13 +37,20 @@ def fit_space(scenario: Scenario, trace: RoutingTrace, expert_groups: int) -> Sc
     """The scenario with a search space that the trace and cluster can serve.
 
     Out of what is default go the parts, and the choices of a parameter, that ask for what the trace has not; default
-    counts of experts end at its candidates, below them where some part needs others to choose from; the default slots
-    are the config's. What the user wrote is not touched: `InputError` if it asks for more than there is, or for
-    redundant slots that do not divide over the `expert_groups` (ranks, where each has experts of its own).
+    counts of experts end at its candidates, below them where some part needs others to choose from; the default slots,
+    residency and weights are the config's. What the user wrote is not touched: `InputError` if it asks for more than
+    there is, or for redundant slots that do not divide over the `expert_groups` (ranks, where each has experts of its
+    own).
     """
     space = _fit_parts(scenario.study.space, trace)
-    if "redundant_slots" not in space.model_fields_set:
-        space = space.model_copy(update={"redundant_slots": [scenario.config.placement.redundant_slots]})
+    config = scenario.config
+    of_baseline = {
+        "redundant_slots": [config.placement.redundant_slots],
+        "resident_share": config.placement.resident_share,
+        "weights": config.weights,
+    }
+    unset = {field: value for field, value in of_baseline.items() if field not in space.model_fields_set}
+    space = space.model_copy(update=unset)
     for redundant in space.redundant_slots:
         check_slots(trace.model.experts + redundant, expert_groups, trace.model.experts)
     space = space.model_copy(update={"ranges": _fit_ranges(space, trace)})

@@ -15,7 +15,7 @@ from pydantic import BeforeValidator, Field, field_validator
 from router.parameters import Parameter, parameters_of
 from router.part import Part
 from router.placement import PLACEMENTS
-from router.policies import ADJUSTMENTS, CAPACITIES, POLICIES, SELECTIONS, make_selection
+from router.policies import ADJUSTMENTS, CAPACITIES, POLICIES, SELECTIONS, Weights, make_selection
 from traces.errors import InputError
 from tuner.config import AdjustmentChoice, CapacityChoice, Config, PlacementChoice, Strict, as_declared
 
@@ -138,7 +138,7 @@ class Space(Strict):
     `ranges` narrows what policies declare: `top_p.p: [0.3, 0.95]` from one end to the other, `top_k.k: [1, 2, 4]`,
     `capacity.drop: [position, probs]` or `top_k.k: {values: [2, 4]}` one of these, `top_k.k: 4` this. `scopes`: over
     which tokens of a step parts may look, where they have a `scope` that `ranges` does not name; a real rank knows its
-    own tokens only.
+    own tokens only. `resident_share` and `weights` are the same for all, by default the baseline's.
     """
 
     policies: list[str] = Field(default=list(SELECTIONS), min_length=1)
@@ -149,6 +149,8 @@ class Space(Strict):
     placements: list[str] = Field(default=sorted(PLACEMENTS), min_length=1)
     redundant_slots: list[Annotated[int, Field(ge=0)]] = Field(default=[0], min_length=1)
     replica_choices: list[Literal["even", "local"]] = Field(default=["even", "local"], min_length=1)
+    resident_share: float = Field(default=1.0, gt=0, le=1)
+    weights: Weights = "renormalised"
 
     @field_validator("policies", "adjustments", "capacities", "placements", mode="after")
     @classmethod
@@ -228,7 +230,13 @@ def suggest_config(trial: Suggests, space: Space) -> Config:
         capacity=None
         if capacity == NONE
         else CapacityChoice(name=capacity, **_suggest_parameters(trial, space, CAPACITIES[capacity])),
-        placement=PlacementChoice(algorithm=algorithm, redundant_slots=redundant_slots, replica_choice=replica_choice),
+        weights=space.weights,
+        placement=PlacementChoice(
+            algorithm=algorithm,
+            redundant_slots=redundant_slots,
+            replica_choice=replica_choice,
+            resident_share=space.resident_share,
+        ),
     )
 
 

@@ -170,9 +170,13 @@ def _result(study: optuna.Study, found_before: int) -> StudyResult:
 
 
 def pareto_front(trials: tuple[Trial, ...]) -> tuple[Trial, ...]:
-    """The trials that none beats: fastest first, each keeping more gate mass than all the faster ones."""
+    """The trials that none beats: fastest first, each keeping more gate mass than all the faster ones.
+
+    A config that computes nothing is the fastest of all, and no answer.
+    """
     front: list[Trial] = []
-    for trial in sorted(trials, key=lambda t: (t.step_s, -t.gate_mass, t.number)):
+    answers = (trial for trial in trials if trial.gate_mass > 0)
+    for trial in sorted(answers, key=lambda t: (t.step_s, -t.gate_mass, t.number)):
         if not front or trial.gate_mass > front[-1].gate_mass:
             front.append(trial)
     return tuple(front)

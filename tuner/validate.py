@@ -218,12 +218,13 @@ def check_that_it_runs(scenario: Scenario) -> None:
         "disturbance": scenario.disturbance != DisturbanceChoice(),
         "cluster.degrade": bool(scenario.cluster.degrade),
         "sampled_layers": scenario.sampled_layers is not None,
+        "config.placement.resident_share": scenario.config.placement.resident_share < 1,
     }
     for field, differs in other.items():
         if differs:
             raise InputError(
                 f"{field}: a real run has MoE layers alone (execution.extent: moe) on healthy ranks, one microbatch at "
-                "a time and whole experts; leave it out to validate"
+                "a time and whole experts, all in memory; leave it out to validate"
             )
 
 

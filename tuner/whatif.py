@@ -85,9 +85,14 @@ def what_if(scenario: Scenario, vary: Mapping[str, Sequence[Any]]) -> list[Point
 def _with(document: dict[str, Any], path: Sequence[str], value: Any, name: str) -> dict[str, Any]:
     first, *rest = path
     if first not in document:
-        raise InputError(f"--vary {name}: the scenario has no field {first!r}; known are {', '.join(document)}")
+        raise InputError(
+            f"--vary {name}: the scenario has no field {first!r}; known are {', '.join(document)}; a field inside "
+            "another goes by its path, as config.adjustment.scope"
+        )
     if not rest:
         return {**document, first: value}
     if not isinstance(document[first], dict):
-        raise InputError(f"--vary {name}: {first!r} has no fields of its own in this scenario")
+        raise InputError(
+            f"--vary {name}: {first!r} has no fields of its own in this scenario; give it some there first"
+        )
     return {**document, first: _with(document[first], rest, value, name)}

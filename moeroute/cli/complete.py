@@ -34,6 +34,10 @@ def complete(
     from traces.completion_error import hidden_error
     from traces.store import read_trace, write_trace
 
+    path = out / TRACE_FILE
+    for source in (file, fit_on):
+        if source is not None and path.resolve() == source.resolve():
+            raise InputError(f"{path}: would take the place of the trace that is read; give another folder with -o")
     trace = read_trace(file)
     if fit_on is not None and fit_share is not None:
         raise InputError(f"--fit-on {fit_on} and --fit-share {fit_share:g} exclude each other; give one")
@@ -44,7 +48,6 @@ def complete(
     fitted = fit_completion(plan)
     done = completed(trace, candidates=candidates, fitted_on=fitted, seed=seed)
     hidden = hidden_error(trace, fitted, seed=seed) if trace.candidates > 1 else None
-    path = out / TRACE_FILE
     write_trace(path, done)
     if json:
         print_json(

@@ -25,6 +25,8 @@ config:
   parameters: {{p: 0.7, k_max: 6}}
   adjustment: {{name: opportunistic, k0: 2}}   # leave it out for none
   capacity: {{factor: 1.25, drop: position}}   # no name: the plain capacity; leave it out for none
+  weights: trained      # what a skipped expert had goes to no other; left out, the others' weights are scaled to one
+output_errors: output_errors.json   # of `moeroute model errors`, for top_k_by_layer; left out, the gate mass lost
 study:
   space:              # what a study may choose from; left out: all that the trace can serve
     policies: [top_k, top_p]
@@ -66,9 +68,19 @@ _ADVICE = (
     ("a step time to hold while traffic changes", "`held_top_p`: dynamic k that keeps a budget"),
     ("kernels or graphs that want one k in a layer", "`top_k_by_layer`: fewer experts where the output suffers least"),
     ("a model trained with null experts", "`null_experts`"),
-    ("decode, where reading active experts is the time", "`opportunistic`, `batch_set` or `hardware_aware`"),
+    (
+        "decode of few tokens on one node",
+        "fewer experts, or nothing: a kernel of its own costs a policy microseconds a layer, more than it saves there",
+    ),
+    (
+        "decode on many ranks, where the busiest rank or the reading of weights is the time",
+        "`hardware_aware`; `batch_set` or `opportunistic` where a step leaves experts unused",
+    ),
     ("uneven ranks, or slow links between nodes", "`hardware_aware`, `topology_aware`, `group_limited`, `partners`"),
-    ("experts that do not all fit into memory", "`cache_aware`"),
+    (
+        "experts that do not all fit into memory",
+        "`placement: {resident_share: 0.5}` and `hardware_aware`, or `cache_aware`",
+    ),
     (
         "prefill, where the fullest expert holds all up",
         "`capacity`, with reroute or `capacity_aware` to lose less",

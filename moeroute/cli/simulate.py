@@ -266,6 +266,12 @@ def _in_parts(memory: "MemoryUse") -> str:
     )
 
 
+def _experts_a_token(report: "Report") -> str:
+    if report.experts_per_token:
+        return f"{report.experts_per_token:.2f}"
+    return "none: the capacity leaves no expert a place; use a larger factor"
+
+
 def print_report(report: "Report", bound: "Report", about: "Mapping[str, str] | None" = None) -> None:
     """A replay as tables; `about`: what stands above its figures."""
     from cost_models.units import human_seconds
@@ -281,7 +287,7 @@ def print_report(report: "Report", bound: "Report", about: "Mapping[str, str] | 
         ("busiest rank's rows over the mean rank's", f"{report.token_imbalance:.3f}"),
         ("busiest rank's active experts over the mean's", f"{report.active_imbalance:.3f}"),
         ("critical rank (in how many MoE layers)", _critical_ranks(report)),
-        ("experts a token", f"{report.experts_per_token:.2f}"),
+        ("experts a token", _experts_a_token(report)),
         ("gate mass kept", f"{report.gate_mass:.1%}"),
         ("pairs dropped", f"{report.dropped_share:.1%}"),
         *((name, f"{share:.1%}") for name, share_of in _SELDOM.items() if (share := share_of(report))),

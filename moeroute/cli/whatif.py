@@ -15,8 +15,8 @@ def whatif(
     vary: Annotated[
         list[str],
         typer.Option(
-            help="name=value,value,…; may be repeated. ranks, gpu, top_k, placement, redundant_slots, "
-            "overlap, oversubscription, or a field's path in the scenario."
+            help="name=value,value,…; may be repeated. ranks, gpu, top_k, price, capacity_factor, placement, "
+            "redundant_slots, overlap, oversubscription, or a field's path in the scenario (config.adjustment.scope)."
         ),
     ],
     json: Json = False,

@@ -14,12 +14,15 @@ class Placement:
     """For each of L layers and S physical slots, the expert that the slot holds.
 
     `slot_to_expert_LS` int64; rank r holds the slots r*S/G .. (r+1)*S/G - 1. An expert in more than one slot has
-    replicas. Errors: `InputError` if the slots do not divide over the ranks or an expert has no slot.
+    replicas. `resident_LS`: the slots whose experts stay in the rank's memory, the others lie in the host's and are
+    loaded when they are used; None: all stay. Errors: `InputError` if the slots do not divide over the ranks or an
+    expert has no slot, or if residency is not of the same slots.
     """
 
     slot_to_expert_LS: NDArray[np.int64]
     experts: int
     ranks: int
+    resident_LS: NDArray[np.bool_] | None = None
 
     def __post_init__(self) -> None:
         check_slots(self.slots, self.ranks, self.experts)
@@ -31,6 +34,12 @@ class Placement:
                 raise InputError(
                     f"placement: layer {layer} has no slot for expert {missing[0]}; every expert needs one"
                 )
+
+        if self.resident_LS is not None and self.resident_LS.shape != self.slot_to_expert_LS.shape:
+            raise InputError(
+                f"placement: residency of shape {self.resident_LS.shape} for slots of shape "
+                f"{self.slot_to_expert_LS.shape}; give one truth value a layer and slot"
+            )
 
     @property
     def layers(self) -> int:
@@ -49,12 +58,33 @@ class Placement:
 
     def take(self, layers: NDArray[np.int64]) -> "Placement":
         """The placement of some of the layers."""
-        return Placement(slot_to_expert_LS=self.slot_to_expert_LS[layers], experts=self.experts, ranks=self.ranks)
+        return Placement(
+            slot_to_expert_LS=self.slot_to_expert_LS[layers],
+            experts=self.experts,
+            ranks=self.ranks,
+            resident_LS=None if self.resident_LS is None else self.resident_LS[layers],
+        )
 
     @cached_property
     def replicas_LE(self) -> NDArray[np.int64]:
         """How many slots hold each expert."""
         return np.stack([np.bincount(row, minlength=self.experts) for row in self.slot_to_expert_LS])
+
+    @cached_property
+    def resident_LE(self) -> NDArray[np.bool_]:
+        """The experts that stay in the memory of some rank: [L, E]."""
+        resident_LE = np.ones((self.layers, self.experts), dtype=np.bool_)
+        if self.resident_LS is not None:
+            for layer, (expert_S, resident_S) in enumerate(zip(self.slot_to_expert_LS, self.resident_LS, strict=True)):
+                resident_LE[layer] = np.bincount(expert_S, weights=resident_S, minlength=self.experts) > 0
+        return resident_LE
+
+    @property
+    def resident_slots_of_rank(self) -> int:
+        """Slots of all layers whose experts stay in memory, on the rank where they are most."""
+        if self.resident_LS is None:
+            return self.layers * self.slots_per_rank
+        return int(self.resident_LS.reshape(self.layers, self.ranks, -1).sum(axis=(0, 2)).max())
 
     @cached_property
     def share_LEG(self) -> NDArray[np.float32]:

@@ -74,16 +74,23 @@ def make_capacity(name: str, parameters: Mapping[str, Any]) -> Limit:
 
 
 def _make(known: Mapping[str, type[_P]], name: str, parameters: Mapping[str, Any], what: str) -> _P:
+    if name in POLICIES and name not in known:
+        kind = POLICIES[name].kind
+        form = f"policy: {name}" if kind == "selection" else f"{kind}: {{name: {name}, …}}"
+        raise InputError(f"{name} is no {what}; write {form}")
     if name not in known:
         raise InputError(f"unknown {what} {name!r}; known are {', '.join(sorted(known))}")
     taken = [field for field in fields(known[name]) if field.init]  # type: ignore[arg-type]  # leaves are dataclasses
     required = [field.name for field in taken if field.default is MISSING]
     optional = [field.name for field in taken if field.default is not MISSING]
     if not set(required) <= set(parameters) <= {*required, *optional}:
-        given = ", ".join(sorted(parameters)) or "nothing"
+        unknown = sorted(set(parameters) - {*required, *optional})
+        missing = [parameter for parameter in required if parameter not in parameters]
+        wrong = f"does not know {', '.join(unknown)}" if unknown else f"lacks {', '.join(missing)}"
         takes = ", ".join(required) or ("no parameters" if not optional else "nothing")
         or_more = f", and if you like {', '.join(optional)}" if optional else ""
-        raise InputError(f"{what} {name} takes {takes}{or_more}; got {given}")
+        part = name if name == what else f"{what} {name}"
+        raise InputError(f"{part} {wrong}; it takes {takes}{or_more}")
     return known[name](**parameters)
 
 

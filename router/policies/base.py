@@ -55,7 +55,8 @@ class Selection(Part):
         """Raise `InputError` where the candidates are too few."""
         if candidates.count < self.reads:
             raise InputError(
-                f"policy {self.name} needs {self.reads} candidates per token; the trace recorded {candidates.count}"
+                f"policy {self.name} needs {self.reads} candidates per token; the trace recorded {candidates.count}: "
+                "use fewer, or complete the trace (moeroute trace complete)"
             )
         check_more_candidates(self, self.width, candidates)
         if "full scores" in self.needs and candidates.count < candidates.all_experts:
@@ -107,8 +108,8 @@ def trained_weights(assignment: Assignment, candidates: Candidates, top_k: int) 
     """The assignment with weights as the model was trained: scores over the sum of the token's best `top_k` experts.
 
     What an expert would have had that the token does not use, or that dropped it, then goes to no other: weights sum to
-    less than one. On the reference model, of which experts are left out, the loss rises a third to a half as much as
-    where the weights of those that remain are scaled to one (benchmarks/policies.py).
+    less than one. Which of the two costs less loss depends on the model and on which experts go; benchmarks/policies.py
+    measures both.
     """
     xp = namespace(assignment.scores_TK)
     best = candidates.best(top_k)

@@ -30,16 +30,18 @@ class HardwareAware(Adjustment):
     their next best candidates for each second saved. Then ranks and links ask for each row what they are busy, tokens
     take the candidates of most worth after that, and the busiest raise their price (multiplicative weights on the dual
     of the slowest rank). Of all plans on the way the best one counts, the selection's own among them, so that the
-    objective never gets worse. A token uses as many experts as the selection gave it, if as many of its candidates
-    stay open, or with `may_skip` fewer: not those whose score is below what they cost.
+    objective, in which the search itself costs nothing, never gets worse. A token uses as many experts as the selection
+    gave it, if as many of its candidates stay open, or with `may_skip` fewer: not those whose score is below what they
+    cost.
 
     Each round goes over the candidates once, which a short step feels: with 64 ranks of a large model two rounds of
     pricing find nearly all that six do, and with few ranks the search can cost more than it finds.
 
     It helps most at decode, where the weights of active experts are the time, and on ranks of uneven load. It needs
-    candidates beyond k for the tokens to move to, and looks at 32 of a token. Where it sees one source rank's tokens
-    alone it takes the others to have the like, and closes nothing: an expert closes only if all ranks leave it. A row
-    is priced for each expert, also where the wire sends a token once to a rank or node.
+    candidates beyond k for the tokens to move to, and looks at 32 of a token. Where experts lie in host memory, closing
+    those pays most: raise `closing_rounds`, each of which closes a few on each of the slowest ranks. Where it sees one
+    source rank's tokens alone it takes the others to have the like, and closes nothing: an expert closes only if all
+    ranks leave it. A row is priced for each expert, also where the wire sends a token once to a rank or node.
     """
 
     name: ClassVar[str] = "hardware_aware"
@@ -50,7 +52,7 @@ class HardwareAware(Adjustment):
     )
     may_skip: bool = field(default=True, metadata=choice((True, False), "tokens may use fewer experts than chosen"))
     closing_rounds: int = field(
-        default=2, metadata=whole(0, 8, "times that experts close, of all ranks' tokens", least=0, experts=False)
+        default=2, metadata=whole(0, 8, "times that experts close; in scope global only", least=0, experts=False)
     )
     pricing_rounds: int = field(
         default=2, metadata=whole(0, 6, "times that ranks and links raise their prices", least=0, experts=False)
@@ -60,7 +62,7 @@ class HardwareAware(Adjustment):
     @property
     def passes(self) -> int:
         """One for the selection's own plan, and one a round."""
-        return 1 + len(self._rounds)
+        return 1 + len(self._rounds) if self.price else 0
 
     @property
     def work(self) -> tuple[str, ...]:

@@ -363,7 +363,8 @@ def test_more_experts_than_candidates_is_refused(name: str, backend: str) -> Non
         case.route(name, None, backend)
     recorded = case.candidates(name).count
     assert str(refused.value) == (
-        f"policy {name.partition(':')[0]} needs 12 candidates per token; the trace recorded {recorded}"
+        f"policy {name.partition(':')[0]} needs 12 candidates per token; the trace recorded {recorded}: "
+        "use fewer, or complete the trace (moeroute trace complete)"
     )
 
 

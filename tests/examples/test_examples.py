@@ -39,6 +39,14 @@ def test_what_if_example_gives_every_point():
     assert "64 ranks but only 32 expert slots" in points[2]["problem"]
 
 
+def test_hardware_aware_example_prints_what_the_docs_say():
+    scenario = EXAMPLES / "whatif_hardware_aware.yaml"
+    printed = run("-m", "moeroute", "whatif", scenario, "--vary", "price=0,0.1,0.3,0.6")
+    documented = (EXAMPLES / "README.md").read_text().splitlines()
+    table = [line for line in map(str.rstrip, printed.splitlines()) if not line.startswith("priced beyond")]
+    assert [line for line in table if line not in documented] == []
+
+
 def test_simulate_example_prints_what_the_docs_say(tmp_path):
     scenarios = [EXAMPLES / "simulate_deepseek.yaml", EXAMPLES / "simulate_deepseek_overlap.yaml"]
     printed = run("-m", "moeroute", "simulate", *scenarios, "--compare", "-o", tmp_path)

@@ -1,5 +1,6 @@
 """Scenario files: what is wrong with one is said in one line that names the file, the field, the value and the mend."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ from traces.errors import InputError
 from tuner.clusters import make_cluster
 from tuner.identity import study_identity
 from tuner.replays import Replays
-from tuner.scenario import Config, Scenario, read_scenario
+from tuner.scenario import Config, Scenario, parse_scenario, read_scenario
+from tuner.space import RandomSuggestions, suggest_config
 from tuner.study import tune
 
 
@@ -173,28 +175,34 @@ def test_the_scenarios_that_come_with_it_can_be_read(path: Path) -> None:
         ),
         (
             {"config__capacity": {"drop": "probs"}},
-            "config.capacity: capacity capacity takes factor, and if you like drop, scope, rule",
+            "config.capacity: capacity lacks factor; it takes factor, and if you like drop, scope, rule",
         ),
-        ({"config__capacity": {"factor": 1, "dorp": "probs"}}, "config.capacity: capacity capacity takes factor, and"),
+        (
+            {"config__capacity": {"factor": 1, "dorp": "probs"}},
+            "config.capacity: capacity does not know dorp; it",
+        ),
         (
             {"config__capacity": {"factor": 1, "drop": "last"}},
             "config.capacity: policy capacity: drop is 'last'; use one of position, probs",
         ),
         ({"config__capacity": {"name": "best"}}, "config.capacity: unknown capacity 'best'; known are capacity"),
-        ({"config__capacity": 2}, "config.capacity: input should be a valid dictionary or instance of CapacityChoice"),
+        ({"config__capacity": 2}, "config.capacity: write it as {factor: 1.25}, or none (it is 2)"),
         ({"config__adjustment": {"k0": 2}}, "config.adjustment.name: missing; add it"),
         ({"config__adjustment": {"name": 2}}, "config.adjustment.name: input should be a valid string (it is 2)"),
         ({"config__adjustment": {"name": "best"}}, "config.adjustment: unknown adjustment 'best'; known are"),
-        ({"config__adjustment": {"name": "top_k", "k": 2}}, "config.adjustment: unknown adjustment 'top_k'; known are"),
+        (
+            {"config__adjustment": {"name": "top_k", "k": 2}},
+            "config.adjustment: top_k is no adjustment; write policy",
+        ),
         ({"study": {"trials": 0}}, "study.trials: input should be greater than 0 (it is 0)"),
         ({"windows": {"plan": -1}}, "windows.plan: input should be greater than 0 (it is -1)"),
         ({"config__parameters": {"k": "two"}}, "config: policy top_k: k is two; it must be a whole number of at least"),
         ({"config__parameters": {"k": [2]}}, "config: policy top_k: k is [2]; it must be a whole number of at least 1"),
-        ({"config__parameters": 2}, "config.parameters: input should be a valid dictionary (it is 2)"),
+        ({"config__parameters": 2}, "config: parameters are 2; write them by name, as {k: 4}"),
         ({"config__policy": "best"}, "config: unknown policy 'best'; known are balance_bias, expert_choice,"),
         ({"config__policy": 2}, "config.policy: input should be a valid string (it is 2)"),
-        ({"config__parameters": {"p": 0.5}}, "config: policy top_k takes k; got p"),
-        ({"config__parameters": {}}, "config: policy top_k takes k; got nothing"),
+        ({"config__parameters": {"p": 0.5}}, "config: policy top_k does not know p; it takes k"),
+        ({"config__parameters": {}}, "config: policy top_k lacks k; it takes k"),
         (
             {"config__placement": {"algorithm": "best"}},
             "config.placement: unknown placement 'best'; known are contiguous, lpt, random",
@@ -601,3 +609,93 @@ def test_redundant_slots_that_do_not_divide_do_not_end_a_study_half_way(tmp_path
     """8 experts and 1 redundant slot do not divide over 4 ranks."""
     for config in run_or_refused(tmp_path, {"k": [1, 2], "redundant_slots": [0, 1]}):
         assert config.placement.redundant_slots == 0
+
+
+def test_weights_are_a_policys_own() -> None:
+    document = {"policy": "top_k", "parameters": {"k": 1}, "weights": "trained"}
+    config = parse_scenario(scenario_document(config=document), source="a test").config
+    assert config.routing_policy().weights == "trained"
+    assert config.describe() == "top_k(k=1) weights trained contiguous"
+    with pytest.raises(
+        InputError, match=r"config.weights: input should be 'renormalised' or 'trained' \(it is 'own'\)"
+    ):
+        parse_scenario(scenario_document(config={**document, "weights": "own"}), source="a test")
+
+
+def test_measured_output_errors_come_from_a_file(tmp_path: Path) -> None:
+    errors = tmp_path / "output_errors.json"
+    trace = {"model": "mixtral-8x7b", "tokens": 4096, "zipf": 0.5}
+    document = scenario_document(output_errors=str(errors), trace=trace)
+    scenario = parse_scenario(document, source="a test")
+    with pytest.raises(InputError, match="no such file; measure errors with moeroute model errors"):
+        Replays.of(scenario)
+    errors.write_text(json.dumps({"output_error_LK": [[0.5, 0.0]] * 32}))
+    history = Replays.of(scenario).windows["tune"].history
+    assert history is not None
+    assert history.measured
+    assert history.output_error_LK.tolist() == [[0.5, 0.0]] * 32
+    errors.write_text(json.dumps({"output_error_LK": [[0.5, 0.0]]}))
+    with pytest.raises(InputError, match=r"output errors of shape \(1, 2\); the history's layers and k are \(32, 2\)"):
+        Replays.of(scenario)
+
+
+def test_a_config_says_what_share_of_the_experts_stays_in_memory(tmp_path: Path) -> None:
+    replays = prepared(tmp_path, trace=REQUESTS, config__placement={"resident_share": 0.5})
+    config = replays.scenario.config
+    assert config.describe() == "top_k(k=2) contiguous resident 50%"
+    assert config.key() != Config(policy="top_k", parameters={"k": 2}).key()
+    # 8 experts on 4 ranks: of each rank's two that with more planned load stays.
+    resident_LS = replays.placement(config).resident_LS
+    assert resident_LS is not None
+    loads_LGS = replays.planned_loads_LE.reshape(32, 4, 2)
+    assert (resident_LS.reshape(32, 4, 2)[:, :, 0] == (loads_LGS[:, :, 0] >= loads_LGS[:, :, 1])).all()
+    half = replays.run(config)[0]
+    whole = replays.run(Config(policy="top_k", parameters={"k": 2}))[0]
+    assert half.name == config.describe()
+    assert half.stage_s["load experts"] > 0
+    assert "load experts" not in whole.stage_s
+    assert half.step_s > whole.step_s
+
+
+@pytest.mark.parametrize("share", [0, 1.01, float("nan")])
+def test_a_share_of_experts_that_no_memory_holds_is_refused(tmp_path: Path, share: float) -> None:
+    said = refusal(written(tmp_path, config__placement={"resident_share": share}))
+    assert said.startswith("config.placement.resident_share: input should be ")
+
+
+def test_no_adjustment_can_be_named() -> None:
+    config = parse_scenario(
+        scenario_document(
+            config={"policy": "top_k", "parameters": {"k": 1}, "adjustment": "none", "capacity": "none"},
+        ),
+        source="a test",
+    ).config
+    assert config.adjustment is None
+    assert config.capacity is None
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"adjustment": "opportunistic"}, r"write it as \{name: opportunistic, k0: 2\}, or none"),
+        ({"capacity": 1.25}, r"write it as \{factor: 1.25\}, or none"),
+        ({"parameters": [1]}, r"parameters are \[1\]; write them by name, as \{k: 4\}"),
+        ({"policy": "hardware_aware"}, r"hardware_aware is no policy; write adjustment: \{name: hardware_aware"),
+        ({"adjustment": {"name": "top_p"}}, r"top_p is no adjustment; write policy: top_p"),
+        ({"capacity": {"factor": 0}}, r"factor is 0, which leaves no expert a place"),
+    ],
+)
+def test_a_part_that_is_written_wrong_is_shown_right(config: dict[str, Any], message: str) -> None:
+    document = {"policy": "top_k", "parameters": {"k": 1}, **config}
+    with pytest.raises(InputError, match=message):
+        parse_scenario(scenario_document(config=document), source="a test")
+
+
+def test_a_study_keeps_what_the_baseline_says_of_memory_and_weights() -> None:
+    placement = {"algorithm": "contiguous", "resident_share": 0.5}
+    config = {"policy": "top_k", "parameters": {"k": 1}, "weights": "trained", "placement": placement}
+    trace = {"model": "mixtral-8x7b", "tokens": 4096, "zipf": 0.5}
+    scenario = parse_scenario(scenario_document(config=config, trace=trace), source="a test")
+    space = Replays.of(scenario).scenario.study.space
+    drawn = suggest_config(RandomSuggestions(0), space)
+    assert (drawn.placement.resident_share, drawn.weights) == (0.5, "trained")

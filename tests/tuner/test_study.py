@@ -303,9 +303,11 @@ def test_no_trial_beats_one_of_the_front_and_each_other_is_matched(trials: tuple
     for member in front:
         assert member in trials
         for other in trials:
-            if covers(other, member):
+            if other.gate_mass > 0 and covers(other, member):
                 assert (other.step_s, other.gate_mass) == (member.step_s, member.gate_mass)
-    assert all(any(covers(member, other) for member in front) for other in trials)
+    answers = [other for other in trials if other.gate_mass > 0]  # what computes nothing answers nothing
+    assert all(any(covers(member, other) for member in front) for other in answers)
+    assert all(member in answers for member in front)
     assert [t.step_s for t in front] == sorted({t.step_s for t in front})
 
 

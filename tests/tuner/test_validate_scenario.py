@@ -35,8 +35,12 @@ def test_moe_layers_on_healthy_ranks_can_be_run() -> None:
         ({"disturbance": {"jitter": 0.1}}, "disturbance"),
         ({"cluster": {"device": "h100_sxm", "ranks": 2, "degrade": ["gpu0=0.5"]}}, "cluster.degrade"),
         ({"sampled_layers": 1}, "sampled_layers"),
+        (
+            {"config": {"policy": "top_k", "parameters": {"k": 2}, "placement": {"resident_share": 0.5}}},
+            "config.placement.resident_share",
+        ),
     ],
-    ids=["whole", "overlap", "layout", "jitter", "slow", "sampled"],
+    ids=["whole", "overlap", "layout", "jitter", "slow", "sampled", "resident"],
 )
 def test_what_a_real_run_has_not_is_refused_by_name(changes: dict[str, Any], field: str) -> None:
     with pytest.raises(InputError, match=f"^{field}: a real run has MoE layers alone"):
