@@ -1,33 +1,63 @@
-"""Placement algorithms by name. A placement is planned from earlier loads, never from the step it serves."""
+"""Placement algorithms by name. A placement is planned from earlier traffic, never from the step it serves."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from router.placement.base import Placement, check_slots
+from router.placement.base import Placement
 from router.placement.contiguous import contiguous
 from router.placement.lpt import lpt
 from router.placement.permuted import permuted
+from router.placement.problem import PlacementProblem
 from traces.errors import InputError
 
-PLACEMENTS: dict[str, Callable[[NDArray[np.float64], int, int, int], NDArray[np.int64]]] = {
-    "contiguous": contiguous,
-    "random": permuted,
-    "lpt": lpt,
+Need = Literal["steps", "tokens", "seconds"]
+_LACKS: dict[Need, tuple[str, str]] = {
+    "steps": ("steps_WLE", "the loads of single steps"),
+    "tokens": ("ids_TLK", "the experts of single tokens"),
+    "seconds": ("seconds", "a cost model"),
 }
 
 
-def place(
-    algorithm: str, loads_LE: NDArray[np.integer | np.floating], *, ranks: int, slots: int, seed: int = 0
-) -> Placement:
-    """Place the experts of each layer by their earlier loads `loads_LE` (any unit) into `slots` slots on `ranks` ranks.
+@dataclass(frozen=True, slots=True)
+class PlacementAlgorithm:
+    """`plan`: from a problem to the expert of each slot [L, S]; `needs`: what it reads beside the loads."""
 
-    Errors: `InputError` for an unknown algorithm, or slots that do not hold the experts or divide over the ranks.
+    plan: Callable[[PlacementProblem], NDArray[np.int64]]
+    source: str
+    needs: tuple[Need, ...] = ()
+
+
+PLACEMENTS: dict[str, PlacementAlgorithm] = {
+    "contiguous": PlacementAlgorithm(contiguous, "what engines do by default"),
+    "random": PlacementAlgorithm(permuted, "the honest baseline"),
+    "lpt": PlacementAlgorithm(lpt, "Graham 1969"),
+}
+
+
+def plan(algorithm: str, problem: PlacementProblem) -> Placement:
+    """Place the experts of each layer; equal problems have equal placements.
+
+    Errors: `InputError` for an unknown algorithm, or one that reads what the problem does not know.
     """
     if algorithm not in PLACEMENTS:
         raise InputError(f"unknown placement {algorithm!r}; known are {', '.join(sorted(PLACEMENTS))}")
-    experts = loads_LE.shape[1]
-    check_slots(slots, ranks, experts)
-    slot_to_expert_LS = PLACEMENTS[algorithm](np.asarray(loads_LE, dtype=np.float64), ranks, slots, seed)
-    return Placement(slot_to_expert_LS=slot_to_expert_LS, experts=experts, ranks=ranks)
+    chosen = PLACEMENTS[algorithm]
+    for need in chosen.needs:
+        field, what = _LACKS[need]
+        if getattr(problem, field) is None:
+            raise InputError(f"placement {algorithm} needs {what}; plan it from a trace")
+    return Placement(slot_to_expert_LS=chosen.plan(problem), experts=problem.experts, ranks=problem.ranks)
+
+
+def place(
+    algorithm: str, loads_LE: NDArray[np.integer | np.floating], *, ranks: int, slots: int, **more: Any
+) -> Placement:
+    """Place the experts of each layer by their earlier loads `loads_LE` (any unit) into `slots` slots on `ranks` ranks.
+
+    `more`: what else a `PlacementProblem` may know. Errors: as `plan` and `PlacementProblem`.
+    """
+    return plan(algorithm, PlacementProblem(loads_LE=loads_LE.astype(np.float64), ranks=ranks, slots=slots, **more))

@@ -6,17 +6,18 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
+from router.placement.problem import PlacementProblem
 from router.placement.replicate import replicate
 
 
-def lpt(loads_LE: NDArray[np.float64], ranks: int, slots: int, seed: int) -> NDArray[np.int64]:
-    """Slots [L, S] that balance `loads_LE` over ranks (Graham 1969). The seed is not used.
+def lpt(problem: PlacementProblem) -> NDArray[np.int64]:
+    """Slots [L, S] that balance loads over ranks (Graham 1969).
 
     1. Redundant slots go, one by one, to the expert with the largest load per replica that is not on all ranks yet.
     2. Replicas, heaviest first, go to the lightest rank that has room and does not hold the expert yet;
        two replicas of one expert meet only where every rank has one.
     """
-    return np.stack([_pack_layer(load_E, ranks, slots) for load_E in loads_LE])
+    return np.stack([_pack_layer(load_E, problem.ranks, problem.slots) for load_E in problem.loads_LE])
 
 
 def _pack_layer(load_E: NDArray[np.float64], ranks: int, slots: int) -> NDArray[np.int64]:

@@ -7,59 +7,76 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from router.placement import PLACEMENTS, place
+from router.balance import rank_loads_LG
+from router.placement import PLACEMENTS, place, plan
 from router.placement.base import Placement, check_slots
+from router.placement.problem import PlacementProblem
 from router.placement.replicate import replicate
+from router.rank_seconds import RankSeconds
 from traces.errors import InputError
 
+SECONDS = RankSeconds(  # 1 s a launch, 2 s an active expert, 0.1 s a row
+    active_A=np.array([0.0, 100.0]),
+    rows_R=np.array([0.0, 1000.0]),
+    seconds_AR=1.0 + np.array([[0.0, 100.0], [200.0, 300.0]]),
+    row_s=0.05,
+)
 every_algorithm = pytest.mark.parametrize("algorithm", sorted(PLACEMENTS))
 
 
 @st.composite
-def requests(draw: st.DrawFn) -> dict[str, Any]:
-    """Loads, ranks and slots that go together; some experts unused, some tied."""
-    ranks, experts = draw(st.integers(1, 6)), draw(st.integers(1, 12))
+def problems(draw: st.DrawFn) -> PlacementProblem:
+    """Loads, ranks and slots that go together, and all else that some algorithm reads; unused and tied experts."""
+    nodes, groups = draw(st.integers(1, 3)), draw(st.sampled_from([1, 2, 3]))
+    ranks = nodes * draw(st.integers(1, 4))
+    experts = groups * draw(st.integers(1, 5))
     least = -(-experts // ranks)
     slots_per_rank = draw(st.integers(least, least + 3))
-    load = st.sampled_from([0.0, 1.0, 1.0, 2.0, 3.0, 7.0, 40.0])
-    layers = draw(st.integers(1, 2))
-    loads_LE = np.array(draw(st.lists(load, min_size=layers * experts, max_size=layers * experts)))
-    return {
-        "loads_LE": loads_LE.reshape(layers, experts),
-        "ranks": ranks,
-        "slots": ranks * slots_per_rank,
-        "seed": draw(st.integers(0, 9)),
-    }
+    layers, steps = draw(st.integers(1, 2)), draw(st.integers(1, 3))
+    loads = st.sampled_from([0, 1, 1, 2, 3, 7, 40])
+    size = steps * layers * experts
+    steps_WLE = np.array(draw(st.lists(loads, min_size=size, max_size=size))).reshape(steps, layers, experts)
+    k = min(experts, 2)
+    rng = np.random.default_rng(draw(st.integers(0, 9)))
+    return PlacementProblem(
+        loads_LE=steps_WLE.sum(axis=0).astype(float),
+        ranks=ranks,
+        slots=ranks * slots_per_rank,
+        nodes=nodes,
+        groups=groups,
+        away_share=draw(st.sampled_from([0.0, 0.5, 1.0])),
+        seed=draw(st.integers(0, 9)),
+        steps_WLE=steps_WLE,
+        ids_TLK=rng.random((12, layers, experts)).argsort(axis=2)[:, :, :k],
+        seconds=SECONDS,
+    )
 
 
 def most_loaded(placement: Placement, loads_LE: Any) -> Any:
     """The load of each layer's fullest rank when replicas share evenly: [L]."""
-    replica_load_LE = loads_LE / placement.replicas_LE
-    slot_load_LS = np.take_along_axis(replica_load_LE, placement.slot_to_expert_LS, axis=1)
-    return slot_load_LS.reshape(placement.layers, placement.ranks, -1).sum(axis=2).max(axis=1)
+    return rank_loads_LG(placement, loads_LE).max(axis=1)
 
 
 @every_algorithm
 @settings(max_examples=100, deadline=None)
-@given(request=requests())
-def test_every_expert_is_placed_and_slots_are_exact(algorithm: str, request: dict[str, Any]) -> None:
-    placement = place(algorithm, **request)
-    layers, experts = request["loads_LE"].shape
-    assert placement.slot_to_expert_LS.shape == (layers, request["slots"])
-    assert placement.slots_per_rank * placement.ranks == request["slots"]
+@given(problem=problems())
+def test_every_expert_is_placed_and_slots_are_exact(algorithm: str, problem: PlacementProblem) -> None:
+    placement = plan(algorithm, problem)
+    assert placement.slot_to_expert_LS.shape == (problem.layers, problem.slots)
+    assert placement.slots_per_rank * placement.ranks == problem.slots
     for expert_S in placement.slot_to_expert_LS:
-        assert set(expert_S.tolist()) == set(range(experts))
-    np.testing.assert_array_equal(placement.replicas_LE.sum(axis=1), request["slots"])
+        assert set(expert_S.tolist()) == set(range(problem.experts))
+    np.testing.assert_array_equal(placement.replicas_LE.sum(axis=1), problem.slots)
 
 
 @every_algorithm
 @settings(max_examples=300, deadline=None)
-@given(request=requests())
+@given(problem=problems())
 def test_replicas_of_one_expert_share_no_rank_unless_they_outnumber_the_ranks(
-    algorithm: str, request: dict[str, Any]
+    algorithm: str, problem: PlacementProblem
 ) -> None:
     """Ranks have equally many slots, so r <= G replicas of every expert always fit on different ranks."""
-    placement = place(algorithm, **request)
+    placement = plan(algorithm, problem)
     for expert_S, replicas_E in zip(placement.slot_to_expert_LS, placement.replicas_LE, strict=True):
         for held in expert_S.reshape(placement.ranks, -1):
             experts, times = np.unique(held, return_counts=True)
@@ -69,18 +86,18 @@ def test_replicas_of_one_expert_share_no_rank_unless_they_outnumber_the_ranks(
 
 @every_algorithm
 @settings(max_examples=50, deadline=None)
-@given(request=requests())
-def test_the_same_request_gives_the_same_placement(algorithm: str, request: dict[str, Any]) -> None:
+@given(problem=problems())
+def test_the_same_request_gives_the_same_placement(algorithm: str, problem: PlacementProblem) -> None:
     np.testing.assert_array_equal(
-        place(algorithm, **request).slot_to_expert_LS, place(algorithm, **request).slot_to_expert_LS
+        plan(algorithm, problem).slot_to_expert_LS, plan(algorithm, problem).slot_to_expert_LS
     )
 
 
 @every_algorithm
 @settings(max_examples=50, deadline=None)
-@given(request=requests())
-def test_the_tables_of_slots_and_of_experts_say_the_same(algorithm: str, request: dict[str, Any]) -> None:
-    placement = place(algorithm, **request)
+@given(problem=problems())
+def test_the_tables_of_slots_and_of_experts_say_the_same(algorithm: str, problem: PlacementProblem) -> None:
+    placement = plan(algorithm, problem)
     for layer, slots_EX in enumerate(placement.expert_slots_LEX):
         for expert, slots_X in enumerate(slots_EX):
             expected = np.where(placement.slot_to_expert_LS[layer] == expert)[0].tolist()
