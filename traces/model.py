@@ -48,7 +48,8 @@ class ModelSpec:
     element (0.5 for 4-bit weights). `weight_dtype` names the weights' format where their bytes do not tell it (8 bits
     may be scaled as a whole, `fp8`, or in blocks, `fp8_block`). `gate` is what makes scores of the router's logits, and
     `renormalise` says whether the scores of a token's chosen experts are scaled to sum to one. `kv_bytes_per_token`
-    covers all layers.
+    covers all layers. `expert_groups`: neighbouring experts that the router chooses among together, as many groups of
+    equal size (1: it has none).
 
     `null_experts` of `null_kind` stand behind the E experts in the router, ids E and up, and in `top_k`, but do next to
     no work: they give nothing (`zero`, AdaMoE, arXiv 2406.13233), the token itself (`copy`) or a mix of it and a learnt
@@ -76,6 +77,7 @@ class ModelSpec:
     activation_bytes: int = 2
     gate: GateKind = "softmax"
     renormalise: bool = True
+    expert_groups: int = 1
     null_experts: int = 0
     null_kind: NullKind = "zero"
     dense_layers: int = 0
@@ -100,6 +102,11 @@ class ModelSpec:
                     f"model {self.name}: {field} is {getattr(self, field)}; with its attention or dense layers it must "
                     "be at least 1"
                 )
+        if self.expert_groups < 1 or self.experts % self.expert_groups:
+            raise InputError(
+                f"model {self.name}: {self.expert_groups} groups do not divide its {self.experts} experts; "
+                "use a divisor of them"
+            )
         if self.null_experts < 0:
             raise InputError(f"model {self.name}: null_experts is {self.null_experts}; it must be at least 0")
         for field, known in (("gate", get_args(GateKind)), ("null_kind", get_args(NullKind))):
@@ -229,6 +236,7 @@ class ModelSpec:
             kv_bytes_per_token=2 * layers_all * kv_width,
             gate="sigmoid" if config.get("scoring_func") == "sigmoid" else "softmax",
             renormalise=bool(config.get("norm_topk_prob", True)),
+            expert_groups=int(config.get("n_group") or 1),
             dense_layers=dense_layers,
             dense_hidden=int(config.get("intermediate_size") or 0) if dense_layers else 0,
             attention=kind,
