@@ -161,6 +161,7 @@ def reference_rows(
             policy=case.policy,
             placement=placement,
             replica_choice="even",
+            node_of_G=cpu.replay.shared.node_of_G,
             history=history,
             prices=cpu.prices(case),
         )

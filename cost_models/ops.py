@@ -123,6 +123,14 @@ class CountExchange(AllToAll):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CountGather(CountExchange):
+    """Counts that all ranks need before they choose where rows go: no exchange of rows does that beside its own work.
+
+    Cost models price it as a `CountExchange`, also where those are `included` in their kernels.
+    """
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WeightTransfer(AllToAll):
     """Send weights of experts from rank to rank, as copies from memory to memory, over nodes too."""
 

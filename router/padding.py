@@ -11,7 +11,8 @@ from router.candidates import Candidates
 from router.capacity import Limit
 from router.context import RouteContext
 from router.placement.base import Placement
-from router.replicas import ReplicaChoice
+from router.replicas import ReplicaChoice, asks_counts, replica_runs
+from traces.errors import InputError
 
 
 def places_by_scope(
@@ -29,25 +30,35 @@ def places_by_scope(
     return np.array(limit.places_of(assignment, routed, context), dtype=np.int64)
 
 
+def check_padding(choice: ReplicaChoice, placement: Placement) -> None:
+    """Raise `InputError` for a choice by the whole step's counts: places lie fixed before anyone knows them."""
+    if asks_counts(choice, placement):
+        raise InputError(
+            f"replica_choice {choice}, but the capacity pads: its places are fixed before counts are known; "
+            "use even, local or nearest, or pad: false"
+        )
+
+
 def places_by_slot(
-    places_G: NDArray[Any], placement: Placement, layer: int, group_of_G: NDArray[Any], choice: ReplicaChoice
+    places_G: NDArray[Any],
+    placement: Placement,
+    layer: int,
+    group_of_G: NDArray[Any],
+    choice: ReplicaChoice,
+    node_of_G: NDArray[np.int64] | None = None,
 ) -> NDArray[np.int64]:
     """The places that each source has in each slot, [G, S], where source g has `places_G[g]` for every expert.
 
-    They lie as that many pairs for each expert would: taking replicas in turn, or all on the source's own rank where
-    `choice` is `local` and the expert is there. `group_of_G`: the placement's rank that each source belongs to.
+    They lie as that many pairs for each expert would, on the replicas that `choose_slots` takes in turn; `node_of_G` as
+    there. `group_of_G`: the placement's rank that each source belongs to. Errors: as `check_padding`.
     """
-    slot_S = np.arange(placement.slots)
+    check_padding(choice, placement)
     expert_S = placement.slot_to_expert_LS[layer]
-    replicas_S = placement.replicas_LE[layer][expert_S]
-    number_S = (placement.expert_slots_LEX[layer][expert_S] == slot_S[:, None]).argmax(axis=1)
-    turn_GS = (number_S - group_of_G[:, None]) % replicas_S
-    places_GS = (places_G[:, None] - turn_GS + replicas_S - 1) // replicas_S
-    if choice == "local":
-        own_GS = slot_S // placement.slots_per_rank == group_of_G[:, None]
-        for source, own_S in enumerate(own_GS):
-            at_home_S = np.isin(expert_S, expert_S[own_S])
-            last_own = {int(expert_S[slot]): int(slot) for slot in np.flatnonzero(own_S)}
-            places_GS[source, at_home_S] = 0
-            places_GS[source, list(last_own.values())] = places_G[source]
-    return np.asarray(places_GS, dtype=np.int64)
+    replica_S = (placement.expert_slots_LEX[layer][expert_S] == np.arange(placement.slots)[:, None]).argmax(axis=1)
+    first_GS, length_GS = (
+        run_GE[group_of_G][:, expert_S] for run_GE in replica_runs(placement, layer, choice, node_of_G)
+    )
+    turn_GS = (replica_S - first_GS - group_of_G[:, None]) % length_GS
+    places_GS = (places_G[:, None] - turn_GS + length_GS - 1) // length_GS
+    in_run_GS = (first_GS <= replica_S) & (replica_S < first_GS + length_GS)
+    return np.asarray(np.where(in_run_GS, places_GS, 0), dtype=np.int64)

@@ -12,6 +12,7 @@ from cost_models.ops import (
     Combine,
     CostModel,
     CountExchange,
+    CountGather,
     Experts,
     Gate,
     HostToDevice,
@@ -123,11 +124,16 @@ def _moe_stages(
     permute = pricing.compute(
         "permute", Permute(pairs_X=own_1G * route.width, rows_X=work.packed_LG, row_bytes=model.row_bytes)
     )
-    counts = pricing.communicate("counts", CountExchange(bytes_XGG=np.full((1, ranks, ranks), float(work.count_bytes))))
-    if work.experts_moved_LGG is None:
-        stages = [*first, *permute, *counts]
-    else:  # where rows go is known only when all counts are
-        stages = [*first, *counts, *_spill_weights(pricing, work, work.experts_moved_LGG), *permute]
+    bytes_1GG = np.full((1, ranks, ranks), float(work.count_bytes))
+    if work.counts_first:  # where rows go is known only when all counts are
+        stages = [
+            *first,
+            *pricing.communicate("counts", CountGather(bytes_XGG=bytes_1GG)),
+            *([] if work.experts_moved_LGG is None else _spill_weights(pricing, work, work.experts_moved_LGG)),
+            *permute,
+        ]
+    else:
+        stages = [*first, *permute, *pricing.communicate("counts", CountExchange(bytes_XGG=bytes_1GG))]
     shared = (
         pricing.compute("shared", dense_mlp(model, tokens_1G, model.shared_experts * model.shared_hidden))
         if model.shared_experts

@@ -24,7 +24,7 @@ from cost_models.traffic import Traffic
 from router.assignment import Assignment
 from router.placement.base import Placement
 from router.policies import RoutingPolicy
-from router.replicas import ReplicaChoice, choose_slots
+from router.replicas import ReplicaChoice, asks_counts, choose_slots
 from router.spill import Spill, SpillPlan, rows_by_source
 from sim.layout import Layout
 from sim.padding import Padder, Padding, by_rank
@@ -47,8 +47,9 @@ class Work:
     requests as in `context` (None: not known). `rows_LS` rows that each slot computes, padding too; by source and
     computing rank `pairs_LGG` kept pairs and `copies_LGG` tokens with any, counted for each rank of those that share an
     expert; `node_copies_LGN` tokens by source rank and node. `route` the policy's own work; `count_bytes` for each rank
-    pair, ahead of the rows. `row_of_layer`: which row of these arrays each of the model's MoE layers takes: where
-    layers are sampled, several take one. `padding`: the rows of no token among them; None: none.
+    pair, ahead of the rows; `counts_first`: ahead of the choice where they go too, which depends on all ranks' counts.
+    `row_of_layer`: which row of these arrays each of the model's MoE layers takes: where layers are sampled, several
+    take one. `padding`: the rows of no token among them; None: none.
 
     `experts_moved_LGG`: experts, or shares of their widths, whose weights go from rank to rank before the rows do;
     None where the policy does not spill. Where it does, S counts each rank's slots and then its guest places.
@@ -66,6 +67,7 @@ class Work:
     node_copies_LGN: NDArray[np.int32]
     route: Route
     count_bytes: int
+    counts_first: bool
     row_of_layer: NDArray[np.int64]
     padding: Padding | None = None
     experts_moved_LGG: NDArray[np.int64] | None = None
@@ -168,7 +170,7 @@ def lower(
     They may come one by one, so that a large step need not lie in memory at once. `layout` None: ranks of one node,
     nothing shared. Tokens are dispatched in `dispatch_dtype`, with its scales, and come back as activations; None: both
     ways as those. `row_of_layer` None: each layer stands for itself. What the policy's capacity says of padding and of
-    spilling is followed. Errors: `InputError` where placement and layout do not fit.
+    spilling is followed. Errors: `InputError` where placement and layout do not fit, or capacity and replica choice.
     """
     layout = layout or Layout.one_node(placement.ranks)
     if placement.ranks != layout.expert_groups:
@@ -185,6 +187,7 @@ def lower(
     if last_rank >= layout.ranks:
         raise InputError(f"tokens of rank {last_rank}, but the layout has {layout.ranks} ranks; use one with as many")
     groups, tensor, layers = layout.expert_groups, layout.expert_tensor, placement.layers
+    node_of_X = layout.node_of_G[::tensor]
     spill = policy.capacity if isinstance(policy.capacity, Spill) else None
     places_per_rank = placement.slots_per_rank + (spill.guests if spill else 0)
     rows_LS = np.zeros((layers, groups * places_per_rank), dtype=np.int64)
@@ -200,7 +203,9 @@ def lower(
     for layer, assignment in enumerate(assignments):
         if layer == layers:
             raise InputError(f"more layers of assignments than the placement's {layers}; place for these layers")
-        slot_TK = choose_slots(assignment, placement, layer, source_rank_T // tensor, replica_choice)
+        slot_TK = choose_slots(
+            assignment, placement, layer, source_rank_T // tensor, replica_choice, node_of_G=node_of_X
+        )
         if spill:
             rows_GS = rows_by_source(slot_TK, source_rank_T, (layout.ranks, placement.slots))
             plans.append(spill.plan(rows_GS, groups))
@@ -209,7 +214,7 @@ def lower(
             slot_TK,
             source_rank_T,
             group_of_slot,
-            layout.node_of_G[::tensor],
+            node_of_X,
             rows_LS[layer],
             pairs_LGX[layer],
             copies_LGX[layer],
@@ -232,14 +237,24 @@ def lower(
         copies_LGG=by_rank(copies_LGX, tensor),
         node_copies_LGN=node_copies_LGN,
         route=route_operation(policy, placement, tokens_G),
-        # To plan a spill every rank must know the rows of all slots, not of its own alone.
-        count_bytes=_COUNT_BYTES * (placement.slots if spill else placement.slots_per_rank),
+        count_bytes=_COUNT_BYTES * _counts_sent(placement, replica_choice, spill),
+        counts_first=spill is not None or asks_counts(replica_choice, placement),
         row_of_layer=np.arange(layers) if row_of_layer is None else row_of_layer,
         padding=padder.padding if padder else None,
         experts_moved_LGG=(
             np.stack([np.kron(plan.experts_XX, np.eye(tensor, dtype=np.int64)) for plan in plans]) if spill else None
         ),
     )
+
+
+def _counts_sent(placement: Placement, replica_choice: ReplicaChoice, spill: Spill | None) -> int:
+    """How many counts each rank tells each other one: those of its own slots, unless the other must know more.
+
+    Who knows the rows of each rank and expert knows those of each slot too, so that a spill needs no counts of its own.
+    """
+    if asks_counts(replica_choice, placement):
+        return placement.experts
+    return placement.slots if spill else placement.slots_per_rank
 
 
 def route_operation(policy: RoutingPolicy, placement: Placement, tokens_G: NDArray[np.int64]) -> Route:

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from router.assignment import Assignment
 from router.capacity import Limit
-from router.padding import places_by_scope, places_by_slot
+from router.padding import check_padding, places_by_scope, places_by_slot
 from router.placement.base import Placement
 from router.replicas import ReplicaChoice
 from router.spill import rows_by_source
@@ -46,7 +46,8 @@ class Padder:
         source_rank_T: NDArray[np.int64],
         choice: ReplicaChoice,
     ) -> "Padder":
-        """Of a step of tokens that are held by `source_rank_T`."""
+        """Of a step of tokens that are held by `source_rank_T`. Errors: as `check_padding`."""
+        check_padding(choice, placement)
         return cls(
             limit=limit,
             placement=placement,
@@ -64,7 +65,8 @@ class Padder:
         if places_Z.size == ranks:
             rows_GS = rows_by_source(slot_TK, self.source_rank_T, (ranks, placement.slots))
             group_of_G = np.arange(ranks) // self.layout.expert_tensor
-            places_GS = places_by_slot(places_Z, placement, layer, group_of_G, self.choice)
+            node_of_X = self.layout.node_of_G[:: self.layout.expert_tensor]
+            places_GS = places_by_slot(places_Z, placement, layer, group_of_G, self.choice, node_of_X)
             # A rank can have more than its places here: those that share their experts take replicas in turn together,
             # and one of two microbatches can have most of what the capacity let pass in both.
             padding_GS = np.maximum(places_GS - rows_GS, 0)

@@ -4,7 +4,8 @@ The stages are the simulator's, in its order and under its names, and the policy
 kernels are the very code that the simulator prices. On CPU ranks talk over gloo, on CUDA over NCCL.
 
 A capacity that pads sends and computes rows of zeros; a spill sends rows and weights where all ranks, from the same
-counts, plan them to go. Neither changes what comes out.
+counts, plan them to go; a choice of replicas by the whole step's counts has all ranks split the same counts. None of
+these changes what comes out.
 """
 
 import time
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from cost_models.microbench.all_to_all import all_to_all
 from cost_models.microbench.experts import expert_mlp
@@ -22,12 +24,12 @@ from router.candidates import Candidates
 from router.capacity import Capacity, Limit
 from router.context import RouteContext, State
 from router.history import RoutingHistory
-from router.nn.routing import route
-from router.padding import places_by_scope, places_by_slot
+from router.nn.routing import assign, slots_of
+from router.padding import check_padding, places_by_scope, places_by_slot
 from router.placement.base import Placement
 from router.policies import RoutingPolicy
 from router.prices import RoutePrices
-from router.replicas import ReplicaChoice
+from router.replicas import ReplicaChoice, asks_counts, deal_rows, rows_by_expert
 from router.spill import Spill, SpillPlan
 from traces.errors import InputError
 
@@ -106,7 +108,8 @@ class _Packed:
 class ExpertParallelMoE:
     """The MoE layers of a model as one rank of a group runs them: it holds the experts of its slots.
 
-    It remembers what its policy remembers, layer by layer, from step to step.
+    It remembers what its policy remembers, layer by layer, from step to step. `node_of_G`: which node each rank counts
+    as on where near replicas go first; None: all are on one.
     """
 
     def __init__(
@@ -121,13 +124,17 @@ class ExpertParallelMoE:
         top_k: int = 0,
         history: RoutingHistory | None = None,
         prices: RoutePrices | None = None,
+        node_of_G: NDArray[np.int64] | None = None,
     ) -> None:
         check_runnable(policy, group.ranks)
+        if policy.capacity is not None and policy.capacity.pad:
+            check_padding(replica_choice, placement)
         self._group = group
         self._placement = placement
         self._policy = policy
         self._spill = policy.capacity if isinstance(policy.capacity, Spill) else None
         self._replica_choice = replica_choice
+        self._node_of_G = node_of_G
         self._context = RouteContext(
             layer=0, ranks=group.ranks, renormalise=renormalise, top_k=top_k, history=history, prices=prices
         )
@@ -149,15 +156,23 @@ class ExpertParallelMoE:
         watch.mark("gate")
 
         context = replace(self._context, layer=layer)
-        assignment, slot_TK, self._states[layer] = route(
-            self._policy, candidates, self._placement, self._replica_choice, context, self._states[layer]
+        assignment, self._states[layer] = assign(self._policy, candidates, context, self._states[layer])
+        rows_GS = self._dealt_rows(layer, assignment, candidates.source_rank_T, watch)
+        slot_TK = slots_of(
+            assignment,
+            self._placement,
+            layer,
+            candidates.source_rank_T,
+            self._replica_choice,
+            node_of_G=self._node_of_G,
+            rows_GS=rows_GS,
         )
         watch.mark("route")
 
         packed = (
-            self._pack(layer, x_TD, assignment, slot_TK, watch)
+            self._pack(layer, x_TD, assignment, slot_TK, rows_GS, watch)
             if self._spill is None
-            else self._pack_and_lend(self._spill, layer, x_TD, slot_TK, watch)
+            else self._pack_and_lend(self._spill, layer, x_TD, slot_TK, rows_GS, watch)
         )
         received_GS = packed.received_GS
         sent = packed.sent_GS.sum(dim=1).tolist()
@@ -183,24 +198,56 @@ class ExpertParallelMoE:
         watch.mark("combine")
         return out_TD
 
+    def _dealt_rows(
+        self, layer: int, assignment: Assignment, source_rank_T: torch.Tensor, watch: Stopwatch
+    ) -> NDArray[np.int64] | None:
+        """Rows of all ranks by slot, where the choice of replicas depends on their counts; else None.
+
+        Every rank learns all counts of experts and deals the same rows to the same slots.
+        """
+        if not asks_counts(self._replica_choice, self._placement):
+            return None
+        own_E = rows_by_expert(assignment, source_rank_T, self._placement)[self._group.rank]
+        watch.mark("route")
+        rows_GE = self._gather_counts(torch.as_tensor(own_E))
+        watch.mark("counts")
+        return deal_rows(rows_GE, self._placement, layer, self._replica_choice, node_of_G=self._node_of_G)
+
+    def _gather_counts(self, count_X: torch.Tensor) -> NDArray[np.int64]:
+        """What each rank counted, [G, X], on the host."""
+        ranks = self._group.ranks
+        count_GX = count_X.to(self._group.device).expand(ranks, -1).contiguous()
+        gathered: NDArray[np.int64] = all_to_all(count_GX, [1] * ranks, [1] * ranks).cpu().numpy()
+        return gathered
+
     def _pack(
-        self, layer: int, x_TD: torch.Tensor, assignment: Assignment, slot_TK: torch.Tensor, watch: Stopwatch
+        self,
+        layer: int,
+        x_TD: torch.Tensor,
+        assignment: Assignment,
+        slot_TK: torch.Tensor,
+        rows_GS: NDArray[np.int64] | None,
+        watch: Stopwatch,
     ) -> _Packed:
+        """Rows in the order of slots; ranks tell each other how many, unless they know the rows of all, `rows_GS`."""
         ranks, placement, limit = self._group.ranks, self._placement, self._policy.capacity
         rows_ND, pair_N, count_S = permute(x_TD, slot_TK, placement.slots)
         row_N = None
         if limit is not None and limit.pad:
             places = np.array([self._places(limit, assignment)])
             own = np.array([self._group.rank])
-            places_1S = places_by_slot(places, placement, layer, own, self._replica_choice)
+            places_1S = places_by_slot(places, placement, layer, own, self._replica_choice, self._node_of_G)
             places_S = torch.as_tensor(places_1S[0], device=count_S.device)
             rows_ND, row_N = _padded(rows_ND, count_S, places_S)
             count_S = places_S
         sent_GS = count_S.reshape(ranks, placement.slots_per_rank)
         watch.mark("permute")
 
-        received_GS = all_to_all(sent_GS, [1] * ranks, [1] * ranks).tolist()
-        watch.mark("counts")
+        if rows_GS is None:
+            received_GS = all_to_all(sent_GS, [1] * ranks, [1] * ranks).tolist()
+            watch.mark("counts")
+        else:
+            received_GS = rows_GS.reshape(ranks, ranks, -1)[:, self._group.rank].tolist()
         return _Packed(rows_ND=rows_ND, pair_N=pair_N, sent_GS=sent_GS, received_GS=received_GS, row_N=row_N)
 
     def _places(self, limit: Limit, assignment: Assignment) -> int:
@@ -220,15 +267,21 @@ class ExpertParallelMoE:
         return sum(limit.places(tokens, k, experts, fullest_P))
 
     def _pack_and_lend(
-        self, spill: Spill, layer: int, x_TD: torch.Tensor, slot_TK: torch.Tensor, watch: Stopwatch
+        self,
+        spill: Spill,
+        layer: int,
+        x_TD: torch.Tensor,
+        slot_TK: torch.Tensor,
+        rows_GS: NDArray[np.int64] | None,
+        watch: Stopwatch,
     ) -> _Packed:
         """Every rank learns all counts, plans the same moves, and sends the weights of the experts that it lends."""
         ranks, rank, slots = self._group.ranks, self._group.rank, self._placement.slots
-        count_S = torch.bincount(slot_TK.reshape(-1) + 1, minlength=slots + 1)[1:]
-        rows_GS = all_to_all(count_S.expand(ranks, slots).contiguous(), [1] * ranks, [1] * ranks)
-        watch.mark("counts")
+        if rows_GS is None:
+            rows_GS = self._gather_counts(torch.bincount(slot_TK.reshape(-1) + 1, minlength=slots + 1)[1:])
+            watch.mark("counts")
 
-        plan = spill.plan(rows_GS.cpu().numpy(), ranks)
+        plan = spill.plan(rows_GS, ranks)
         place_TK = plan.place_of(slot_TK, torch.full_like(slot_TK[:, 0], rank))
         watch.mark("route")
 

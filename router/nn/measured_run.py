@@ -32,11 +32,12 @@ _PROBE_BUDGET_S = 0.1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Deployment:
-    """What is deployed: a policy and what it asks for, where the experts are, and which replica computes a pair."""
+    """What is deployed: a policy and what it asks for, where experts and ranks are, which replica computes a pair."""
 
     policy: RoutingPolicy
     placement: Placement
     replica_choice: ReplicaChoice
+    node_of_G: NDArray[np.int64]
     history: RoutingHistory | None = None
     prices: RoutePrices | None = None
 
@@ -135,6 +136,7 @@ def _measure_rank(group: RankGroup, plan: _Plan) -> MeasuredRun:
             placement=deployment.placement,
             policy=deployment.policy,
             replica_choice=deployment.replica_choice,
+            node_of_G=deployment.node_of_G,
             renormalise=plan.model.renormalise,
             top_k=plan.model.top_k,
             history=deployment.history,

@@ -187,7 +187,7 @@ def test_routing(selection: Any, capacity: Capacity | None, renormalise: bool) -
 
 
 @pytest.mark.parametrize("slots", [E, E + RANKS])
-@pytest.mark.parametrize("choice", ["even", "local"])
+@pytest.mark.parametrize("choice", ["even", "local", "nearest", "water_filling"])
 def test_replicas(slots: int, choice: Any) -> None:
     assignment = Assignment(
         ids_TK=ids(T, K),
@@ -197,7 +197,8 @@ def test_replicas(slots: int, choice: Any) -> None:
         rerouted_TK=torch.zeros(T, K, dtype=torch.bool, device="cuda"),
     )
     placement = place("lpt", np.ones((1, E)), ranks=RANKS, slots=slots)
-    check(choose_slots(assignment, placement, 0, ids(T), choice), T, K)
+    rows_GS = np.ones((RANKS, slots), dtype=np.int64) if choice == "water_filling" else None
+    check(choose_slots(assignment, placement, 0, ids(T), choice, rows_GS=rows_GS), T, K)
 
 
 def test_permute_and_combine() -> None:

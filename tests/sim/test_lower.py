@@ -21,7 +21,9 @@ from router.policies import RoutingPolicy
 from router.policies.skip import Skip
 from router.policies.top_k import TopK
 from router.policies.top_p import TopP
-from router.replicas import ReplicaChoice
+from router.replicas import REPLICA_CHOICES, ReplicaChoice
+from router.spill import Spill
+from router.splits import SPLITS, split
 from sim.layout import Layout
 from sim.lower import PROTOCOLS, Protocol, Work, lower, route_operation
 from traces.errors import InputError
@@ -216,6 +218,56 @@ def test_replicas_share_the_rows() -> None:
     assert local.pairs_LGG.tolist() == [[[2, 0], [0, 1]]]
 
 
+def test_near_replicas_are_those_of_the_layouts_nodes() -> None:
+    # Expert 0 is on ranks 1 and 2, one on each node. Rank 0 goes to rank 1, rank 3 to rank 2.
+    placement = Placement(slot_to_expert_LS=np.array([[1, 2, 0, 3, 0, 3, 1, 2]]), experts=4, ranks=4)
+    options: Any = {"policy": TOP_2, "source_rank_T": np.array([0, 0, 3, 3]), "layout": TWO_NODES}
+    nearest, local = (
+        lower(TINY, [assigned([[0, UNUSED]] * 4)], placement, replica_choice=choice, **options)
+        for choice in ("nearest", "local")
+    )
+    assert nearest.pairs_LGG[0].tolist() == [[0, 2, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 2, 0]]
+    assert (nearest.bytes_by_tier()["scale_out"], local.bytes_by_tier()["scale_out"]) == (0, 2 * 2 * 16)
+
+
+def test_a_split_by_counts_evens_out_the_whole_step() -> None:
+    # Expert 0 is on both ranks, expert 1 on rank 0 alone. Expert 1 has 2 of 6 rows, so rank 0 takes 1 of expert 0's 4.
+    placement = Placement(slot_to_expert_LS=np.array([[0, 1, 0, 2]]), experts=3, ranks=2)
+    ids, sources = [[0, 1], [0, UNUSED], [0, 1], [0, UNUSED]], np.array([0, 0, 1, 1])
+    work = lower(TINY, [assigned(ids)], placement, policy=TOP_2, source_rank_T=sources, replica_choice="water_filling")
+    assert work.rows_LS.tolist() == [[1, 2, 3, 0]]
+    # Rank 0's own tokens have the row that stays there; rank 1's stay at home.
+    assert work.pairs_LGG.tolist() == [[[2, 1], [1, 2]]]
+
+
+def test_ranks_tell_each_other_the_counts_of_all_experts_before_they_split_them() -> None:
+    placement = Placement(slot_to_expert_LS=np.array([[0, 1, 2, 0, 3, 1]]), experts=4, ranks=2)
+    spill = RoutingPolicy(selection=TopK(k=2), capacity=Spill(factor=1.0, least_rows=1, guests=1))
+
+    def counts(choice: ReplicaChoice, policy: RoutingPolicy = TOP_2, to: Placement = placement) -> tuple[int, bool]:
+        sources = np.array([0, 0, 1])
+        work = lower(TINY, [assigned(IDS)], to, policy=policy, source_rank_T=sources, replica_choice=choice)
+        return work.count_bytes, work.counts_first
+
+    assert counts("even") == (8 * 3, False)
+    assert counts("water_filling") == (8 * 4, True)
+    assert counts("even", spill) == (8 * 6, True)
+    assert counts("water_filling", spill) == (8 * 4, True)  # who knows those knows the rows of slots
+    assert counts("water_filling", to=PLACEMENT) == (8 * 2, False)  # nothing to choose
+
+
+def test_padding_beside_a_split_by_counts_is_refused() -> None:
+    placement = Placement(slot_to_expert_LS=np.array([[0, 1, 2, 0, 3, 1]]), experts=4, ranks=2)
+    options: Any = {"policy": PADDED, "source_rank_T": np.array([0, 0, 1]), "replica_choice": "water_filling"}
+    with pytest.raises(InputError) as refused:
+        lower(TINY, [assigned(IDS)], placement, **options)
+    assert str(refused.value) == (
+        "replica_choice water_filling, but the capacity pads: its places are fixed before counts are known; "
+        "use even, local or nearest, or pad: false"
+    )
+    assert lower(TINY, [assigned(IDS)], PLACEMENT, **options).padding_share == 3 / 9  # no replicas, no choice
+
+
 PADDED = RoutingPolicy(selection=TopK(k=2), capacity=Capacity(factor=1.0, pad=True))
 
 
@@ -318,7 +370,7 @@ class RoutedStep:
 
 
 @st.composite
-def routed(draw: st.DrawFn) -> RoutedStep:
+def routed(draw: st.DrawFn, choices: Sequence[ReplicaChoice] = REPLICA_CHOICES) -> RoutedStep:
     nodes, tensor = draw(st.integers(1, 2)), draw(st.integers(1, 2))
     per_node = tensor * draw(st.integers(1, 2))
     lost = tensor * draw(st.integers(0, per_node // tensor - 1)) if nodes > 1 else 0  # the last node may be smaller
@@ -349,7 +401,7 @@ def routed(draw: st.DrawFn) -> RoutedStep:
         placement=place(algorithm, rng.random((2, experts)), ranks=groups, slots=slots),
         policy=policy,
         source_rank_T=source_rank_T,
-        replica_choice=draw(st.sampled_from(["even", "local"])),
+        replica_choice=draw(st.sampled_from(choices)),
     )
 
 
@@ -372,6 +424,7 @@ def counted(step: RoutedStep, layer: int) -> Counts:
     ranks_of = [np.flatnonzero(layout.node_of_G == node).tolist() for node in range(layout.nodes)]
     slots_of = [np.flatnonzero(placement.slot_to_expert_LS[layer] == e).tolist() for e in range(placement.experts)]
     turns: Counter[tuple[int, int]] = Counter()
+    shares = dealt(step, layer) if step.replica_choice in SPLITS else Counter()
     counts = Counts(rows=Counter(), pairs=Counter(), copies=Counter(), node_copies=Counter(), legs=Counter())
     for source, ids, kept in zip(
         step.source_rank_T.tolist(), assignment.ids_TK.tolist(), assignment.kept_TK.tolist(), strict=True
@@ -381,11 +434,18 @@ def counted(step: RoutedStep, layer: int) -> Counts:
             if not is_kept:
                 continue
             home, slots = source // tensor, slots_of[expert]
-            slot = slots[(turns[home, expert] + home) % len(slots)]
-            turns[home, expert] += 1
             own = [s for s in slots if s // placement.slots_per_rank == home]
-            if step.replica_choice == "local" and own:
+            own_node = node_of_rank[home * tensor]
+            near = [s for s in slots if node_of_rank[s // placement.slots_per_rank * tensor] == own_node]
+            if step.replica_choice in SPLITS:
+                slot = next(s for s in slots if shares[home, s])
+                shares[home, slot] -= 1
+            elif step.replica_choice != "even" and own:
                 slot = own[-1]
+            else:
+                in_turn = near if step.replica_choice == "nearest" and near else slots
+                slot = in_turn[(turns[home, expert] + home) % len(in_turn)]
+                turns[home, expert] += 1
             counts.rows[slot] += 1
             group = slot // placement.slots_per_rank
             ranks += range(group * tensor, (group + 1) * tensor)
@@ -400,6 +460,29 @@ def counted(step: RoutedStep, layer: int) -> Counts:
                 counts.legs[source, sender] += 1
             counts.legs.update((sender, rank) for rank in set(ranks) if node_of_rank[rank] == node and rank != sender)
     return counts
+
+
+def dealt(step: RoutedStep, layer: int) -> Counter[tuple[int, int]]:
+    """Rows by (group of ranks that they come from, slot), row by row: those that stay near go first."""
+    assignment, layout, placement = step.assignments[layer], step.layout, step.placement
+    node_of_group = layout.node_of_G[:: layout.expert_tensor].tolist()
+    home_T = step.source_rank_T // layout.expert_tensor
+    sources = [np.repeat(home_T[:, None], assignment.ids_TK.shape[1], axis=1)[assignment.kept_TK], assignment.ids_TK]
+    left = Counter(zip(sources[0].tolist(), sources[1][assignment.kept_TK].tolist(), strict=True))
+    counts_E = np.bincount(assignment.ids_TK[assignment.kept_TK], minlength=placement.experts)
+    rows_EX = split(step.replica_choice, counts_E, placement, layer)
+    room = dict(zip(placement.expert_slots_LEX[layer].reshape(-1).tolist(), rows_EX.reshape(-1).tolist(), strict=True))
+    shares: Counter[tuple[int, int]] = Counter()
+    for farthest in range(3):
+        for slot, expert in enumerate(placement.slot_to_expert_LS[layer].tolist()):
+            group = slot // placement.slots_per_rank
+            for home in range(placement.ranks):
+                distance = 0 if home == group else 1 if node_of_group[home] == node_of_group[group] else 2
+                while distance <= farthest and room[slot] and left[home, expert]:
+                    shares[home, slot] += 1
+                    room[slot] -= 1
+                    left[home, expert] -= 1
+    return shares
 
 
 def as_matrix(counts: Counter[tuple[int, int]], shape: Sequence[int]) -> Any:
@@ -459,7 +542,7 @@ def test_bytes_sent_are_bytes_received(step: RoutedStep) -> None:
 
 
 @settings(max_examples=100, deadline=None)
-@given(step=routed(), rule=st.sampled_from(["megatron", "tutel", "megablocks"]))
+@given(step=routed(["even", "local", "nearest"]), rule=st.sampled_from(["megatron", "tutel", "megablocks"]))
 def test_padding_adds_rows_up_to_the_places_and_moves_none(step: RoutedStep, rule: Any) -> None:
     limit = Capacity(factor=2.0, rule=rule, pad=True)
     padded_step = replace(step, policy=replace(step.policy, capacity=limit))

@@ -31,6 +31,7 @@ from router.replicas import ReplicaChoice
 from router.spill import Spill
 from sim.blocks import blocks_of
 from sim.execution import Execution
+from sim.layout import Layout
 from sim.lower import Work, lower
 from traces.errors import InputError
 from traces.model import ModelSpec
@@ -47,6 +48,7 @@ class Case:
     replica_choice: ReplicaChoice = "even"
     renormalise: bool = True
     favoured: tuple[int, ...] = ()
+    node_of_G: tuple[int, int] = (0, 0)
 
 
 def _placement(algorithm: str = "contiguous", slots: int = E) -> Placement:
@@ -112,6 +114,36 @@ CASES = {
         policy=RoutingPolicy(selection=TopK(k=2), capacity=Capacity(factor=0.5, rule="megablocks", pad=True)),
         placement=_placement(),
         tokens_by_rank=(17, 5),
+    ),
+    "replicas on the node": Case(
+        policy=RoutingPolicy(selection=TopK(k=2)),
+        placement=_placement("lpt", E + 4),
+        replica_choice="nearest",
+        node_of_G=(0, 1),
+    ),
+    "replicas by water-filling": Case(
+        policy=RoutingPolicy(selection=TopK(k=2)),
+        placement=_placement("lpt", E + 4),
+        replica_choice="water_filling",
+        tokens_by_rank=(21, 4),
+        favoured=(4, 0),
+    ),
+    "replicas by load": Case(
+        policy=RoutingPolicy(selection=TopK(k=2), capacity=Capacity(factor=1.0)),
+        placement=_placement("lpt", E + 2),
+        replica_choice="least_loaded",
+        tokens_by_rank=(9, 0),
+    ),
+    "replicas by active experts": Case(
+        policy=RoutingPolicy(selection=TopP(p=0.6, k_max=3)),
+        placement=_placement("lpt", 2 * E),
+        replica_choice="fewest_active",
+    ),
+    "spill beside a split": Case(
+        policy=RoutingPolicy(selection=TopK(k=3), capacity=Spill(factor=1.0, least_rows=1, guests=1)),
+        placement=_placement("lpt", E + 2),
+        replica_choice="fewest_active",
+        tokens_by_rank=(12, 21),
     ),
     "spill": Case(
         policy=RoutingPolicy(selection=TopK(k=2), capacity=Spill(factor=1.0, least_rows=1, guests=2)),
@@ -196,6 +228,7 @@ def run_cases(group: RankGroup, names: list[str]) -> dict[str, Any]:
                 policy=case.policy,
                 replica_choice=case.replica_choice,
                 renormalise=case.renormalise,
+                node_of_G=np.array(case.node_of_G),
             )
             outputs, seconds = layer.forward(inputs(case)[group.rank])
             results[name] = group.gather((torch.stack(outputs).numpy(), np.array(rows_by_slot), seconds))
@@ -311,13 +344,20 @@ def simulated_work(case: Case) -> Work:
         policy=case.policy,
         source_rank_T=source_rank_T,
         replica_choice=case.replica_choice,
+        layout=Layout(node_of_G=np.array(case.node_of_G)),
     )
 
 
 def test_the_cases_reach_what_they_are_named_for() -> None:
     """Drops, unequal numbers of experts and replicas do happen, so the tests above are not of the empty case."""
     dropping = {name for name, case in CASES.items() if isinstance(case.policy.capacity, Capacity)}
-    not_full = {"replicas at home", "a rank without tokens", "padded replicas", "padded to the fullest"}
+    not_full = {
+        "replicas at home",
+        "replicas by load",
+        "a rank without tokens",
+        "padded replicas",
+        "padded to the fullest",
+    }
     for name in sorted(dropping - not_full):
         case = CASES[name]
         x_by_rank = [x_LTD[0] for x_LTD in inputs(case)]
@@ -327,6 +367,11 @@ def test_the_cases_reach_what_they_are_named_for() -> None:
     assert CASES["replicas in turn"].placement.replicas_LE.max() > 1
     for name in PADDED:
         assert simulated_work(CASES[name]).padding_share > 0, name
+    in_turn = Case(**{**vars(CASES["replicas by water-filling"]), "replica_choice": "even"})
+    filled_LG, turns_LG = (
+        work.received_LG for work in map(simulated_work, (CASES["replicas by water-filling"], in_turn))
+    )
+    assert filled_LG.max() < turns_LG.max()
     moved = {name: simulated_work(CASES[name]).experts_moved_LGG for name in SPILLING}
     assert all(experts_LGG is not None for experts_LGG in moved.values())
     totals = {name: int(experts_LGG.sum()) for name, experts_LGG in moved.items()}  # type: ignore[union-attr]
@@ -334,7 +379,7 @@ def test_the_cases_reach_what_they_are_named_for() -> None:
     assert totals["spill of many"] > LAYERS  # more than one expert in a layer
 
 
-@pytest.mark.parametrize("name", ["top-k", "padded", "spill", "spill of too little"])
+@pytest.mark.parametrize("name", ["top-k", "replicas by load", "padded", "spill", "spill beside a split"])
 def test_its_stages_are_the_simulators_by_name_and_order(results: dict[str, Any], name: str) -> None:
     class Free:
         name = "free"
@@ -408,6 +453,18 @@ def test_capacity_over_all_ranks_is_refused(pad: bool) -> None:
             placement=_placement(),
             policy=policy,
             replica_choice="even",
+            renormalise=True,
+        )
+
+
+def test_padding_beside_a_split_by_counts_is_refused() -> None:
+    with pytest.raises(InputError, match="replica_choice water_filling, but the capacity pads"):
+        ExpertParallelMoE(
+            group=RankGroup(rank=0, ranks=RANKS, device=torch.device("cpu")),
+            layers=weights(CASES["padded replicas"]),
+            placement=CASES["padded replicas"].placement,
+            policy=CASES["padded replicas"].policy,
+            replica_choice="water_filling",
             renormalise=True,
         )
 
