@@ -26,10 +26,12 @@ def balancedness(rank_load_XG: NDArray[np.integer | np.floating]) -> float:
 def balancedness_bound(loads_LE: NDArray[np.integer | np.floating], ranks: int, slots: int) -> float:
     """No placement is more balanced: the largest rank load is the mean at least, and the least largest replica's.
 
-    The smallest largest replica comes of giving slots one by one to the largest, but none beyond one a rank.
+    Without redundant slots the rank of the heaviest expert holds S / G - 1 others too, the lightest at best.
     """
     mean_L = loads_LE.sum(axis=1) / ranks
     largest_L = least_largest_replica_L(loads_LE, ranks, slots)
+    if slots == loads_LE.shape[1]:
+        largest_L += np.sort(loads_LE, axis=1)[:, : slots // ranks - 1].sum(axis=1)
     most_L = np.maximum(mean_L, largest_L)
     return float(np.mean(np.divide(mean_L, most_L, out=np.ones(most_L.shape), where=most_L > 0)))
 
@@ -37,7 +39,8 @@ def balancedness_bound(loads_LE: NDArray[np.integer | np.floating], ranks: int, 
 def least_largest_replica_L(loads_LE: NDArray[np.integer | np.floating], ranks: int, slots: int) -> NDArray[np.float64]:
     """The smallest that the largest load per replica can be in each layer: [L].
 
-    The (slots - E + 1)-th largest of all load / r for 1 <= r < ranks: each slot beyond one an expert removes one.
+    It comes of giving slots one by one to the largest, but none beyond one a rank: each slot beyond one an expert
+    removes the largest of all load / r with 1 <= r < ranks.
     """
     layers, experts = loads_LE.shape
     everywhere_L: NDArray[np.float64] = loads_LE.max(axis=1) / ranks

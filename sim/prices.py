@@ -3,12 +3,12 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from cost_models.ops import CostModel, Experts, HostToDevice, Regroup, TokenExchange
-from cost_models.traffic import Traffic
+from cost_models.ops import CostModel, HostToDevice
 from router.placement.base import Placement
 from router.prices import RoutePrices
 from sim.layout import Layout
-from sim.lower import MODES, Protocol
+from sim.lower import Protocol
+from sim.rank_seconds import exchanges_s, experts_s
 from traces.model import ModelSpec
 
 # Loads at which experts are priced, about an even one: shares of a rank's experts that are active, and of its rows.
@@ -64,31 +64,18 @@ def _expert_prices(
     active_X, rows_X = (
         axis.ravel() for axis in np.meshgrid(np.unique(np.ceil(slots * _ACTIVE)), np.unique(np.ceil(even * _ROWS)))
     )
-    rows_XS = np.array(
-        [
-            np.append(np.diff(np.linspace(0, rows, int(active) + 1).round()), np.zeros(slots - int(active)))
-            for active, rows in zip(active_X, rows_X, strict=True)
-        ]
-    ).astype(np.int64)
-    time_X = costs.seconds(
-        Experts(
-            rows_XS=rows_XS,
-            hidden=model.hidden,
-            expert_hidden=model.expert_hidden // layout.expert_tensor,
-            matrices=model.expert_matrices,
-            weight_bytes=model.weight_bytes,
-            row_bytes=model.row_bytes,
-            routed_tokens_X=rows_XS.sum(axis=1),
-            top_k=width,
-            mode=MODES[protocol],
-            dtype=model.dtype,
-        )
+    time_X = experts_s(
+        model,
+        costs,
+        layout=layout,
+        protocol=protocol,
+        slots=slots,
+        width=width,
+        active_X=active_X,
+        rows_X=rows_X,
     )
-    if Regroup not in costs.included:
-        time_X = time_X + 2 * costs.seconds(
-            Regroup(rows_X=rows_XS.sum(axis=1), segments=slots * layout.ranks, row_bytes=model.row_bytes)
-        )
-    return _slopes(time_X, rows_X, (rows_XS > 0).sum(axis=1).astype(np.float64))
+    # A slot has a row at least to be active.
+    return _slopes(time_X, rows_X, np.minimum(active_X, rows_X))
 
 
 def _load_prices(model: ModelSpec, placement: Placement, costs: CostModel, layout: Layout) -> NDArray[np.float64]:
@@ -128,33 +115,20 @@ def _hop_prices(
     ranks, node_of_G = layout.ranks, layout.node_of_G
 
     def exchange_s(destination_G: NDArray[np.int64]) -> float:
-        rows_XGG = np.zeros((1, ranks, ranks), dtype=np.int64)
-        rows_XGG[0, np.arange(ranks), destination_G] = rows
-        node_rows_XGN = np.zeros((1, ranks, layout.nodes), dtype=np.int64)
-        node_rows_XGN[0, np.arange(ranks), node_of_G[destination_G]] = rows
-        traffic = Traffic(
-            rows_XGG=rows_XGG,
-            node_rows_XGN=node_rows_XGN if protocol == "per_node" else None,
-            node_of_G=node_of_G,
-        )
-        return sum(
-            float(
-                costs.seconds(
-                    TokenExchange(
-                        tokens_X=np.array([rows]),
-                        hidden=model.hidden,
-                        top_k=width,
-                        experts=model.experts,
-                        ranks_X=np.array(ranks),
-                        nodes_X=np.array(layout.nodes),
-                        direction=direction,
-                        mode=MODES[protocol],
-                        dtype=dispatch_dtype,
-                        traffic=traffic,
-                    )
-                )[0]
-            )
-            for direction in ("dispatch", "combine")
+        rows_GG = np.zeros((ranks, ranks), dtype=np.int64)
+        rows_GG[np.arange(ranks), destination_G] = rows
+        node_rows_GN = np.zeros((ranks, layout.nodes), dtype=np.int64)
+        node_rows_GN[np.arange(ranks), node_of_G[destination_G]] = rows
+        return exchanges_s(
+            model,
+            costs,
+            layout=layout,
+            protocol=protocol,
+            dispatch_dtype=dispatch_dtype,
+            tokens_per_rank=rows,
+            width=width,
+            rows_GG=rows_GG,
+            node_rows_GN=node_rows_GN,
         )
 
     own_G = np.arange(ranks)

@@ -7,11 +7,19 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from router.placement.active_aware import active_aware
+from router.placement.affinity import affinity
+from router.placement.balanced import balanced
 from router.placement.base import Placement
 from router.placement.contiguous import contiguous
+from router.placement.cost_aware import cost_aware
+from router.placement.eplb import eplb
+from router.placement.hierarchical import hierarchical
 from router.placement.lpt import lpt
 from router.placement.permuted import permuted
 from router.placement.problem import PlacementProblem
+from router.placement.round_robin import round_robin
+from router.placement.soft_hierarchical import soft_hierarchical
 from traces.errors import InputError
 
 Need = Literal["steps", "tokens", "seconds"]
@@ -33,9 +41,20 @@ class PlacementAlgorithm:
 
 PLACEMENTS: dict[str, PlacementAlgorithm] = {
     "contiguous": PlacementAlgorithm(contiguous, "what engines do by default"),
+    "round_robin": PlacementAlgorithm(round_robin, "vLLM"),
     "random": PlacementAlgorithm(permuted, "the honest baseline"),
     "lpt": PlacementAlgorithm(lpt, "Graham 1969"),
+    "eplb": PlacementAlgorithm(eplb, "DeepSeek's EPLB"),
+    "balanced": PlacementAlgorithm(balanced, "moeroute"),
+    "hierarchical": PlacementAlgorithm(hierarchical, "moeroute, after DeepSeek's EPLB"),
+    "soft_hierarchical": PlacementAlgorithm(soft_hierarchical, "moeroute"),
+    "active_aware": PlacementAlgorithm(active_aware, "moeroute, after METRO, arXiv 2512.09277", ("steps",)),
+    "affinity": PlacementAlgorithm(affinity, "moeroute, after ExFlow, arXiv 2401.08383", ("tokens",)),
+    "cost_aware": PlacementAlgorithm(cost_aware, "moeroute", ("steps", "seconds")),
 }
+
+
+BY_GROUPS = ("hierarchical", "soft_hierarchical")  # they keep a model's groups of experts on nodes
 
 
 def plan(algorithm: str, problem: PlacementProblem) -> Placement:

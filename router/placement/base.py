@@ -28,13 +28,9 @@ class Placement:
         check_slots(self.slots, self.ranks, self.experts)
         if self.slot_to_expert_LS.min() < 0 or self.slot_to_expert_LS.max() >= self.experts:
             raise InputError(f"placement: a slot holds an expert that is none of 0 to {self.experts - 1}")
-        for layer, expert_S in enumerate(self.slot_to_expert_LS):
-            missing = np.setdiff1d(np.arange(self.experts), expert_S)
-            if missing.size:
-                raise InputError(
-                    f"placement: layer {layer} has no slot for expert {missing[0]}; every expert needs one"
-                )
-
+        if not self.replicas_LE.all():
+            layer, expert = np.argwhere(self.replicas_LE == 0)[0]
+            raise InputError(f"placement: layer {layer} has no slot for expert {expert}; every expert needs one")
         if self.resident_LS is not None and self.resident_LS.shape != self.slot_to_expert_LS.shape:
             raise InputError(
                 f"placement: residency of shape {self.resident_LS.shape} for slots of shape "
@@ -68,7 +64,8 @@ class Placement:
     @cached_property
     def replicas_LE(self) -> NDArray[np.int64]:
         """How many slots hold each expert."""
-        return np.stack([np.bincount(row, minlength=self.experts) for row in self.slot_to_expert_LS])
+        key_LS = self.slot_to_expert_LS + np.arange(self.layers)[:, None] * self.experts
+        return np.bincount(key_LS.ravel(), minlength=self.layers * self.experts).reshape(self.layers, -1)
 
     @cached_property
     def resident_LE(self) -> NDArray[np.bool_]:

@@ -63,6 +63,11 @@ class PlacementProblem:
         return int(self.loads_LE.shape[1])
 
     @property
+    def even_where_none_LE(self) -> NDArray[np.float64]:
+        """The loads, with 1 for each expert of a layer that has none."""
+        return np.where(self.loads_LE.any(axis=1, keepdims=True), self.loads_LE, 1.0)
+
+    @property
     def slots_per_rank(self) -> int:
         """S / G."""
         return self.slots // self.ranks

@@ -1,7 +1,8 @@
-"""Replication: how many slots each expert gets."""
+"""Replication by water-filling: how many slots each expert gets, so that the largest load per replica is least."""
 
-import heapq
+from typing import Any
 
+import numba
 import numpy as np
 from numpy.typing import NDArray
 
@@ -14,17 +15,40 @@ def replicate(load_E: NDArray[np.float64], slots: int, ranks: int | None = None)
     >>> replicate(np.array([6.0, 1.0, 3.0]), 5).tolist(), replicate(np.array([6.0, 1.0, 3.0]), 5, ranks=2).tolist()
     ([3, 1, 1], [2, 1, 2])
     """
-    replicas_E = np.ones(load_E.size, dtype=np.int64)
-    heaviest = [(-float(load), expert) for expert, load in enumerate(load_E)]
-    heapq.heapify(heaviest)
-    everywhere: list[tuple[float, int]] = []
-    for _ in range(slots - load_E.size):
-        while heaviest and replicas_E[heaviest[0][1]] == ranks:
-            everywhere.append(heapq.heappop(heaviest))
-        if not heaviest:  # every expert is on every rank already
-            heaviest, everywhere, ranks = everywhere, [], None
-            heapq.heapify(heaviest)
-        _, expert = heaviest[0]
-        replicas_E[expert] += 1
-        heapq.heapreplace(heaviest, (-float(load_E[expert]) / int(replicas_E[expert]), expert))
+    order_E = np.argsort(-load_E, kind="stable")
+    replicas_E = np.empty(load_E.size, dtype=np.int64)
+    sorted_E = np.empty_like(replicas_E)
+    water_fill(load_E[order_E].astype(np.float64), slots, ranks or slots, sorted_E)
+    replicas_E[order_E] = sorted_E
     return replicas_E
+
+
+@numba.njit(cache=True)
+def water_fill(load_E: Any, slots: int, ranks: int, replicas_E: Any) -> float:
+    """`replicate` for loads that fall; fills `replicas_E` and returns the largest load per replica.
+
+    The next replica goes to one of those that have some already or to the first that has none, so that only these are
+    looked at.
+    """
+    experts = load_E.size
+    replicas_E[:] = 1
+    level_E = load_E.copy()
+    most = ranks  # replicas that an expert may have
+    begun = 1  # experts that are looked at
+    for _ in range(slots - experts):
+        chosen = -1
+        while chosen < 0:
+            highest = -1.0
+            for expert in range(begun):
+                if level_E[expert] > highest and replicas_E[expert] < most:
+                    highest, chosen = level_E[expert], expert
+            if chosen < 0:
+                if begun < experts:
+                    begun += 1
+                else:
+                    most += ranks  # all experts are on every rank already
+        replicas_E[chosen] += 1
+        level_E[chosen] = load_E[chosen] / replicas_E[chosen]
+        if chosen == begun - 1 and begun < experts:
+            begun += 1
+    return float(level_E[:begun].max())

@@ -21,15 +21,17 @@ SECONDS = RankSeconds(  # 1 s a launch, 2 s an active expert, 0.1 s a row
     seconds_AR=1.0 + np.array([[0.0, 100.0], [200.0, 300.0]]),
     row_s=0.05,
 )
+WITHIN_NODES = {"hierarchical", "soft_hierarchical"}  # replicas may be kept on a node that has no other rank for them
 every_algorithm = pytest.mark.parametrize("algorithm", sorted(PLACEMENTS))
 
 
 @st.composite
 def problems(draw: st.DrawFn) -> PlacementProblem:
     """Loads, ranks and slots that go together, and all else that some algorithm reads; unused and tied experts."""
-    nodes, groups = draw(st.integers(1, 3)), draw(st.sampled_from([1, 2, 3]))
+    nodes = draw(st.integers(1, 3))
+    groups = nodes * draw(st.sampled_from([1, 2]))
     ranks = nodes * draw(st.integers(1, 4))
-    experts = groups * draw(st.integers(1, 5))
+    experts = groups * draw(st.integers(1, 4))
     least = -(-experts // ranks)
     slots_per_rank = draw(st.integers(least, least + 3))
     layers, steps = draw(st.integers(1, 2)), draw(st.integers(1, 3))
@@ -69,7 +71,7 @@ def test_every_expert_is_placed_and_slots_are_exact(algorithm: str, problem: Pla
     np.testing.assert_array_equal(placement.replicas_LE.sum(axis=1), problem.slots)
 
 
-@every_algorithm
+@pytest.mark.parametrize("algorithm", sorted(PLACEMENTS.keys() - {"eplb"}))  # which does not look, as published
 @settings(max_examples=300, deadline=None)
 @given(problem=problems())
 def test_replicas_of_one_expert_share_no_rank_unless_they_outnumber_the_ranks(
@@ -77,11 +79,13 @@ def test_replicas_of_one_expert_share_no_rank_unless_they_outnumber_the_ranks(
 ) -> None:
     """Ranks have equally many slots, so r <= G replicas of every expert always fit on different ranks."""
     placement = plan(algorithm, problem)
-    for expert_S, replicas_E in zip(placement.slot_to_expert_LS, placement.replicas_LE, strict=True):
-        for held in expert_S.reshape(placement.ranks, -1):
-            experts, times = np.unique(held, return_counts=True)
-            repeated = experts[times > 1]
-            assert (replicas_E[repeated] > placement.ranks).all()
+    nodes = problem.nodes if algorithm in WITHIN_NODES else 1
+    for expert_S in placement.slot_to_expert_LS:
+        for of_node_GP in expert_S.reshape(nodes, problem.ranks // nodes, -1):
+            for held_P in of_node_GP:
+                experts, times = np.unique(held_P, return_counts=True)
+                for expert in experts[times > 1]:
+                    assert (of_node_GP == expert).any(axis=1).all()
 
 
 @every_algorithm
@@ -188,5 +192,5 @@ def test_a_placement_must_hold_every_expert_in_every_layer() -> None:
 
 
 def test_an_unknown_algorithm_names_the_known_ones() -> None:
-    with pytest.raises(InputError, match="unknown placement 'best'; known are contiguous, lpt, random"):
+    with pytest.raises(InputError, match=r"unknown placement 'best'; known are .*balanced, .*contiguous, .*random"):
         place("best", np.ones((1, 4)), ranks=2, slots=4)
