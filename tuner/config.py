@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -20,6 +20,8 @@ from router.policies import (
     values_of,
 )
 from router.policies.base import Adjustment
+from router.replicas import ReplicaChoice
+from router.splits import SPLITS
 
 
 class Strict(BaseModel):
@@ -31,13 +33,15 @@ class Strict(BaseModel):
 class PlacementChoice(Strict):
     """Where experts go, how many slots beyond one an expert there are, and which replica computes a pair.
 
+    `away_share`: of the redundant slots, so many may leave the node of their group (`soft_hierarchical` alone).
     `resident_share`: of each rank's experts, so many stay in its memory and the others are loaded from the host when
     they are used (`router.placement.residency`).
     """
 
     algorithm: str = "contiguous"
     redundant_slots: int = Field(default=0, ge=0)
-    replica_choice: Literal["even", "local"] = "even"
+    replica_choice: ReplicaChoice = "even"
+    away_share: float = Field(default=1.0, ge=0, le=1)
     resident_share: float = Field(default=1.0, gt=0, le=1)
 
     @model_validator(mode="after")
@@ -55,8 +59,9 @@ class PlacementChoice(Strict):
         'lpt resident 50%'
         """
         replicas = f"+{self.redundant_slots} {self.replica_choice}" if self.redundant_slots else ""
+        away = f" away {100 * self.away_share:.3g}%" if self.away_share < 1 else ""
         resident = f" resident {100 * self.resident_share:.3g}%" if self.resident_share < 1 else ""
-        return self.algorithm + replicas + resident
+        return self.algorithm + replicas + away + resident
 
 
 class PartChoice(BaseModel):
@@ -136,6 +141,21 @@ class Config(Strict):
             raise ValueError(f"parameters are {parameters!r}; write them by name, as {{k: 4}}")
         none = {part: None for part in ("adjustment", "capacity") if document.get(part) == "none"}
         return {**document, **none, "parameters": in_full(make_selection, document["policy"], parameters)}
+
+    @model_validator(mode="after")
+    def _padding_knows_no_counts(self) -> "Config":
+        choice = self.placement.replica_choice
+        if (
+            self.placement.redundant_slots
+            and choice in SPLITS
+            and self.capacity is not None
+            and self.capacity.part().pad
+        ):
+            raise ValueError(
+                f"placement.replica_choice {choice} needs the counts of all ranks, and the places of a capacity that "
+                "pads are fixed before; use even, local or nearest, or pad: false"
+            )
+        return self
 
     def routing_policy(self) -> RoutingPolicy:
         """The policy as the simulator and the real layer run it."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal, Self
 
 import numpy as np
@@ -10,15 +11,17 @@ from numpy.typing import NDArray
 from cost_models.cluster import Cluster
 from cost_models.devices import dtype_bytes
 from router.history import RoutingHistory, read_output_errors
-from router.placement import place
+from router.placement import PLACEMENTS, plan
 from router.placement.base import Placement, check_slots
+from router.placement.problem import PlacementProblem
 from router.placement.residency import keep_resident
 from sim.layout import Layout
 from sim.lower import Work
+from sim.planning import problem_of
 from sim.replay import Fidelity, Replay
 from sim.report import Report
 from sim.timeline import Timeline
-from traces.batching import make_steps, split_requests
+from traces.batching import Step, make_steps, split_requests
 from traces.completion import complete_windows
 from traces.errors import InputError
 from traces.presets import preset
@@ -26,20 +29,23 @@ from traces.store import read_trace
 from traces.synthetic import synthetic_trace
 from traces.trace import RoutingTrace
 from tuner.clusters import make_cluster
+from tuner.config import PlacementChoice
 from tuner.costs import make_costs
 from tuner.scenario import Config, Scenario, SyntheticTrace
-from tuner.served import check_policy, fit_space
+from tuner.served import check_policy, fit_space, placement_lacks
 
 Window = Literal["tune", "validate"]
+_PLANNED_STEPS = 64  # of the plan window, at most: more say little that these do not
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)  # no slots: placements are planned once and kept
 class Replays:
     """A scenario made ready: plan placements on one window, replay another."""
 
     scenario: Scenario
     trace: RoutingTrace
-    planned_loads_LE: NDArray[np.int64]
+    plan_window: RoutingTrace
+    plan_steps: Sequence[Step]
     windows: dict[Window, Replay]
 
     @classmethod
@@ -55,10 +61,13 @@ class Replays:
         layout = Layout.on(cluster, **scenario.layout.model_dump())
         check_slots(slots_of(scenario.config, trace), layout.expert_groups, trace.model.experts)
         costs = make_costs(scenario, cluster)
-        plan, *others = parts or parts_of(scenario, trace)
+        planned, *others = parts or parts_of(scenario, trace)
         check_policy("config", scenario.config.routing_policy(), others[0])
-        scenario = fit_space(scenario, others[0], layout.expert_groups)
-        history = _history_of(plan, scenario)
+        plan_steps, no_steps = _plan_steps(planned, scenario, cluster)
+        if lack := placement_lacks(scenario.config.placement.algorithm, planned, layout, no_steps):
+            raise InputError(f"config.placement: {scenario.config.placement.algorithm} {lack}")
+        scenario = fit_space(scenario, others[0], layout, no_steps)
+        history = _history_of(planned, scenario)
         names: tuple[Window, Window] = ("tune", "validate")
         windows = {
             name: Replay(
@@ -84,7 +93,7 @@ class Replays:
             )
             for name, window in zip(names, others, strict=True)
         }
-        return cls(scenario=scenario, trace=trace, planned_loads_LE=plan.loads_LE(), windows=windows)
+        return cls(scenario=scenario, trace=trace, plan_window=planned, plan_steps=plan_steps, windows=windows)
 
     @property
     def cluster(self) -> Cluster:
@@ -97,15 +106,38 @@ class Replays:
         return self.windows["tune"].shared
 
     def placement(self, config: Config) -> Placement:
-        """Where the config puts the experts and which stay in memory, planned on the first window's loads."""
-        placement = place(
-            config.placement.algorithm,
-            self.planned_loads_LE,
-            ranks=self.layout.expert_groups,
-            slots=slots_of(config, self.trace),
-            seed=self.scenario.seed,
-        )
-        return keep_resident(placement, self.planned_loads_LE, config.placement.resident_share)
+        """Where the config puts the experts and which stay in memory, planned on the first window."""
+        choice = config.placement
+        planned = (choice.algorithm, choice.redundant_slots, choice.away_share)
+        if planned not in self._planned:
+            self._planned[planned] = plan(choice.algorithm, self._problem(choice))
+        return keep_resident(self._planned[planned], self.planned_loads_LE, choice.resident_share)
+
+    @cached_property
+    def planned_loads_LE(self) -> NDArray[np.int64]:
+        """The rows of each expert in the plan window."""
+        return self.plan_window.loads_LE()
+
+    @cached_property
+    def _planned(self) -> dict[tuple[str, int, float], Placement]:
+        """Placements so far, by what they depend on: of the many configs of a study, few differ in that."""
+        return {}
+
+    def _problem(self, choice: PlacementChoice) -> PlacementProblem:
+        """What the plan window says to the algorithm; of single steps only to one that reads them."""
+        slots = self.trace.model.experts + choice.redundant_slots
+        if not PLACEMENTS[choice.algorithm].needs:
+            return PlacementProblem(
+                loads_LE=self.planned_loads_LE.astype(np.float64),
+                ranks=self.layout.expert_groups,
+                slots=slots,
+                nodes=self.layout.nodes,
+                groups=self.trace.model.expert_groups,
+                away_share=choice.away_share,
+                seed=self.scenario.seed,
+            )
+        window = replace(self.windows["tune"], trace=self.plan_window, steps=self.plan_steps)
+        return problem_of(window, slots=slots, away_share=choice.away_share, seed=self.scenario.seed)
 
     def run(
         self,
@@ -125,6 +157,22 @@ class Replays:
             intervals=intervals,
             name=name or config.describe(),
         )
+
+
+def _plan_steps(plan_window: RoutingTrace, scenario: Scenario, cluster: Cluster) -> tuple[list[Step], str]:
+    """Steps of the plan window, or why there are none."""
+    batch = scenario.batch
+    try:
+        steps = make_steps(
+            plan_window,
+            phase=batch.phase,
+            tokens_per_rank=batch.tokens_per_rank,
+            ranks=cluster.ranks,
+            limit=_PLANNED_STEPS,
+        )
+    except InputError as error:
+        return [], f"{error}; or give it a larger share with windows.plan"
+    return steps, ""
 
 
 def _history_of(plan: RoutingTrace, scenario: Scenario) -> RoutingHistory | None:

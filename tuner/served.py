@@ -2,9 +2,11 @@
 
 from router.parameters import parameters_of
 from router.part import Part
+from router.placement import BY_GROUPS, PLACEMENTS
 from router.placement.base import check_slots
 from router.policies import POLICIES, RoutingPolicy, needs_with
 from router.policies.group_limited import GroupLimited
+from sim.layout import Layout
 from traces.errors import InputError
 from traces.trace import RoutingTrace
 from tuner.scenario import Scenario, Space
@@ -33,16 +35,16 @@ def check_width(field: str, width: int, trace: RoutingTrace) -> None:
         )
 
 
-def fit_space(scenario: Scenario, trace: RoutingTrace, expert_groups: int) -> Scenario:
+def fit_space(scenario: Scenario, trace: RoutingTrace, layout: Layout, no_steps: str) -> Scenario:
     """The scenario with a search space that the trace and cluster can serve.
 
     Out of what is default go the parts, and the choices of a parameter, that ask for what the trace has not; default
     counts of experts end at its candidates, below them where some part needs others to choose from; the default slots,
     residency and weights are the config's. What the user wrote is not touched: `InputError` if it asks for more than
-    there is, or for redundant slots that do not divide over the `expert_groups` (ranks, where each has experts of its
-    own).
+    there is, or for redundant slots that do not divide over the layout's groups of experts. `no_steps`: why placements
+    cannot be planned on single steps; empty where they can.
     """
-    space = _fit_parts(scenario.study.space, trace)
+    space = _fit_placements(_fit_parts(scenario.study.space, trace), trace, layout, no_steps)
     config = scenario.config
     of_baseline = {
         "redundant_slots": [config.placement.redundant_slots],
@@ -52,7 +54,7 @@ def fit_space(scenario: Scenario, trace: RoutingTrace, expert_groups: int) -> Sc
     unset = {field: value for field, value in of_baseline.items() if field not in space.model_fields_set}
     space = space.model_copy(update=unset)
     for redundant in space.redundant_slots:
-        check_slots(trace.model.experts + redundant, expert_groups, trace.model.experts)
+        check_slots(trace.model.experts + redundant, layout.expert_groups, trace.model.experts)
     space = space.model_copy(update={"ranges": _fit_ranges(space, trace)})
     return scenario.model_copy(update={"study": scenario.study.model_copy(update={"space": space})})
 
@@ -76,6 +78,25 @@ def _fit_parts(space: Space, trace: RoutingTrace) -> Space:
             )
         fitting["policies"].remove(GroupLimited.name)
     return space.model_copy(update=fitting)
+
+
+def _fit_placements(space: Space, trace: RoutingTrace, layout: Layout, no_steps: str) -> Space:
+    lacks = {name: placement_lacks(name, trace, layout, no_steps) for name in space.placements}
+    if "placements" in space.model_fields_set:
+        for name, lack in lacks.items():
+            if lack:
+                raise InputError(f"study.space.placements: {name} {lack}, or leave it out")
+    return space.model_copy(update={"placements": [name for name in space.placements if not lacks[name]]})
+
+
+def placement_lacks(name: str, trace: RoutingTrace, layout: Layout, no_steps: str) -> str:
+    """What a placement algorithm asks for and does not get, with the mend; empty where it gets all."""
+    needs, groups = PLACEMENTS[name].needs, trace.model.expert_groups
+    if name in BY_GROUPS and groups % layout.nodes:
+        return f"packs groups of experts on nodes, and {trace.model.name} has {groups} for {layout.nodes}: use balanced"
+    if "tokens" in needs and trace.model.null_experts:
+        return f"looks at the K experts of a token, of which some are null in {trace.model.name}: use another"
+    return f"is planned on steps of the plan window: {no_steps}" if needs and no_steps else ""
 
 
 def _fit_ranges(space: Space, trace: RoutingTrace) -> dict[str, Written]:

@@ -16,11 +16,16 @@ from router.parameters import Parameter, parameters_of
 from router.part import Part
 from router.placement import PLACEMENTS
 from router.policies import ADJUSTMENTS, CAPACITIES, POLICIES, SELECTIONS, Weights, make_selection
+from router.replicas import ReplicaChoice
+from router.splits import SPLITS
 from traces.errors import InputError
 from tuner.config import AdjustmentChoice, CapacityChoice, Config, PlacementChoice, Strict, as_declared
 
 NONE = "none"  # no adjustment, no capacity
 _SCOPE = "scope"
+# Placements that are searched by default: of those that do the same, the best.
+_SEARCHED = ("active_aware", "affinity", "balanced", "contiguous", "cost_aware", "random")
+_SOFT = "soft_hierarchical"
 _DECADE_STEP = 0.05  # twenty values a decade: each a ninth more than the one before
 # Draws are rounded to this, so that equal configs look equal whatever the arithmetic of steps.
 _DIGITS = 6
@@ -138,7 +143,8 @@ class Space(Strict):
     `ranges` narrows what policies declare: `top_p.p: [0.3, 0.95]` from one end to the other, `top_k.k: [1, 2, 4]`,
     `capacity.drop: [position, probs]` or `top_k.k: {values: [2, 4]}` one of these, `top_k.k: 4` this. `scopes`: over
     which tokens of a step parts may look, where they have a `scope` that `ranges` does not name; a real rank knows its
-    own tokens only. `resident_share` and `weights` are the same for all, by default the baseline's.
+    own tokens only. `away_shares` are those of `soft_hierarchical`. `resident_share` and `weights` are the same for
+    all, by default the baseline's.
     """
 
     policies: list[str] = Field(default=list(SELECTIONS), min_length=1)
@@ -146,9 +152,10 @@ class Space(Strict):
     capacities: list[str] = Field(default=[NONE, *CAPACITIES], min_length=1)
     ranges: dict[str, Written] = Field(default_factory=dict)
     scopes: list[Literal["source_rank", "global"]] = Field(default=["source_rank"], min_length=1)
-    placements: list[str] = Field(default=sorted(PLACEMENTS), min_length=1)
+    placements: list[str] = Field(default=list(_SEARCHED), min_length=1)
     redundant_slots: list[Annotated[int, Field(ge=0)]] = Field(default=[0], min_length=1)
-    replica_choices: list[Literal["even", "local"]] = Field(default=["even", "local"], min_length=1)
+    replica_choices: list[ReplicaChoice] = Field(default=["even", "nearest", "fewest_active"], min_length=1)
+    away_shares: list[Annotated[float, Field(ge=0, le=1)]] = Field(default=[0.25, 1.0], min_length=1)
     resident_share: float = Field(default=1.0, gt=0, le=1)
     weights: Weights = "renormalised"
 
@@ -217,24 +224,31 @@ def suggest_config(trial: Suggests, space: Space) -> Config:
     capacity = trial.suggest_categorical("capacity", space.capacities)
     algorithm = trial.suggest_categorical("placement", space.placements)
     redundant_slots = trial.suggest_categorical("redundant_slots", space.redundant_slots)
-    replica_choice: Literal["even", "local"] = "even"
+    replica_choice: ReplicaChoice = "even"
     if redundant_slots:
         replica_choice = trial.suggest_categorical("replica_choice", space.replica_choices)
+    away_share = trial.suggest_categorical("away_share", space.away_shares) if algorithm == _SOFT else 1.0
     width = make_selection(policy, parameters).width
+    limit = (
+        None
+        if capacity == NONE
+        else CapacityChoice(name=capacity, **_suggest_parameters(trial, space, CAPACITIES[capacity]))
+    )
+    if limit is not None and limit.part().pad and replica_choice in SPLITS:
+        replica_choice = "even"  # places are fixed before counts are known
     return Config(
         policy=policy,
         parameters=parameters,
         adjustment=None
         if adjustment == NONE
         else AdjustmentChoice(name=adjustment, **_suggest_parameters(trial, space, ADJUSTMENTS[adjustment], width)),
-        capacity=None
-        if capacity == NONE
-        else CapacityChoice(name=capacity, **_suggest_parameters(trial, space, CAPACITIES[capacity])),
+        capacity=limit,
         weights=space.weights,
         placement=PlacementChoice(
             algorithm=algorithm,
             redundant_slots=redundant_slots,
             replica_choice=replica_choice,
+            away_share=away_share,
             resident_share=space.resident_share,
         ),
     )

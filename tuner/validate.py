@@ -142,6 +142,7 @@ def validate(
             policy=c.config.routing_policy(),
             placement=replays.placement(c.config),
             replica_choice=c.config.placement.replica_choice,
+            node_of_G=replays.layout.node_of_G,
             history=window.history,
             prices=window.prices(c.config.routing_policy(), replays.placement(c.config)),
         )

@@ -9,7 +9,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from moeroute.cli import calibrate, demo, model, policies, simulate, trace, tune, validate, whatif
+from moeroute.cli import calibrate, demo, model, place, policies, simulate, trace, tune, validate, whatif
 from moeroute.cli.console import say
 from traces.errors import MoerouteError
 
@@ -50,6 +50,7 @@ app.add_typer(trace.app, name="trace")
 app.add_typer(model.app, name="model")
 app.add_typer(calibrate.app, name="calibrate")
 app.command(name="policies")(policies.policies)
+app.command(name="place")(place.place)
 app.command(name="simulate")(simulate.simulate)
 app.command(name="tune")(tune.tune)
 app.command(name="validate")(validate.validate)

@@ -18,7 +18,13 @@ from tuner.scenario import Config, Scenario, parse_scenario
 from tuner.study import tune
 
 # 4 k by 3 placements: 12 configs, the baseline among them.
-TWELVE = {"policies": ["top_k"], "adjustments": ["none"], "capacities": ["none"], "ranges": {"top_k.k": [1, 4]}}
+TWELVE = {
+    "policies": ["top_k"],
+    "adjustments": ["none"],
+    "capacities": ["none"],
+    "ranges": {"top_k.k": [1, 4]},
+    "placements": ["contiguous", "balanced", "random"],
+}
 
 
 def scenario_document(**changes: Any) -> dict[str, Any]:

@@ -205,7 +205,7 @@ def test_the_scenarios_that_come_with_it_can_be_read(path: Path) -> None:
         ({"config__parameters": {}}, "config: policy top_k lacks k; it takes k"),
         (
             {"config__placement": {"algorithm": "best"}},
-            "config.placement: unknown placement 'best'; known are contiguous, lpt, random",
+            "config.placement: unknown placement 'best'; known are active_aware",
         ),
         ({"cluster__device": "h9"}, "cluster: unknown device 'h9'; known are cpu, a100_sxm"),
         ({"study": {"space": {"policies": ["best"]}}}, "study.space.policies: unknown policy 'best'; known are"),
