@@ -26,6 +26,7 @@ from router.placement.base import Placement
 from router.placement.problem import PlacementProblem
 from router.policies import RoutingPolicy, TopK
 from router.replicas import ReplicaChoice
+from router.splits import SPLITS
 from sim.execution import Execution
 from sim.lower import Protocol
 from sim.rank_seconds import rank_seconds_of
@@ -47,7 +48,7 @@ _SWITCH_TOKENS = 54  # a quarter of that trace, which does not say where its req
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Deployment:
-    """One trace in `blocks` blocks of requests, on `ranks` H100s with `slots` slots for experts."""
+    """One trace in `blocks` blocks of requests, on `ranks` GPUs with `slots` slots for experts."""
 
     name: str
     trace: RoutingTrace
@@ -58,11 +59,12 @@ class Deployment:
     layers: int | None = None
     protocol: Protocol = "per_expert"
     dispatch_dtype: str | None = None
+    gpu: str = "h100_sxm"
 
     @cached_property
     def cluster(self) -> Cluster:
-        """H100s, eight to a node."""
-        return gpu_cluster(device("h100_sxm"), ranks=self.ranks)
+        """Eight GPUs to a node."""
+        return gpu_cluster(device(self.gpu), ranks=self.ranks)
 
     @cached_property
     def costs(self) -> KernelCosts:
@@ -126,13 +128,19 @@ class Deployment:
             policy = RoutingPolicy(selection=TopK(k=self.trace.model.top_k))
             assignments, _ = replay.route(policy)
             for algorithm in ALGORITHMS:
-                start_s = time.process_time()
-                slots_LS = PLACEMENTS[algorithm].plan(problem)
-                plan_s.setdefault(algorithm, []).append(time.process_time() - start_s)
-                placement = Placement(
-                    slot_to_expert_LS=slots_LS[replay.row_of_layer], experts=problem.experts, ranks=self.ranks
-                )
+                by_split = {}
+                for split in dict.fromkeys(choice if choice in SPLITS else None for choice in choices):
+                    if by_split and "steps" not in PLACEMENTS[algorithm].needs:
+                        by_split[split] = by_split[None]  # it does not look at how replicas are chosen
+                        continue
+                    start_s = time.process_time()
+                    slots_LS = PLACEMENTS[algorithm].plan(replace(problem, split=split))
+                    plan_s.setdefault(algorithm, []).append(time.process_time() - start_s)
+                    by_split[split] = Placement(
+                        slot_to_expert_LS=slots_LS[replay.row_of_layer], experts=problem.experts, ranks=self.ranks
+                    )
                 for choice in choices:
+                    placement = by_split[choice if choice in SPLITS else None]
                     for step, of_step in zip(replay.steps, assignments, strict=True):
                         works = replay.lower(policy, placement, step, of_step, choice)
                         timeline = replay.simulate(replay.price(works, placement), "analytic")
@@ -195,22 +203,24 @@ def recorded_deployments(folder: Path) -> Iterator[Deployment]:
 
 def synthetic_deployments() -> Iterator[Deployment]:
     """Few tokens a rank and many replicas: where METRO (arXiv 2512.09277) balances active experts to gain 11-22%."""
-    for name, ranks, slots, tokens, more in (
-        ("qwen3-30b-a3b", 8, 192, 4, {}),
-        ("qwen3-30b-a3b", 8, 192, 16, {}),
-        ("deepseek-v3", 32, 288, 4, {"dispatch_dtype": "fp8"}),
-        ("deepseek-v3", 32, 384, 4, {"dispatch_dtype": "fp8"}),
+    for name, ranks, slots, tokens, zipf, more in (
+        ("qwen3-30b-a3b", 8, 192, 4, 0.6, {}),
+        ("qwen3-30b-a3b", 8, 192, 16, 0.6, {}),
+        ("qwen3-235b-a22b", 8, 160, 4, 0.8, {"gpu": "a100_sxm"}),
+        ("qwen3-235b-a22b", 8, 160, 16, 0.8, {"gpu": "a100_sxm"}),
+        ("deepseek-v3", 32, 288, 4, 0.6, {"dispatch_dtype": "fp8"}),
+        ("deepseek-v3", 32, 384, 4, 0.6, {"dispatch_dtype": "fp8"}),
     ):
         layers, blocks = 4, 3
         trace = large_scale(
             preset(name),
             layers=layers,
             tokens=256 * -(-blocks * ranks * tokens * _SCORED_STEPS // 256),
-            zipf=0.6,
+            zipf=zipf,
             candidates=preset(name).top_k,
         )
         yield Deployment(
-            name=f"synthetic {name}",
+            name=f"synthetic {name}" + (", A100" if "gpu" in more else ""),
             trace=trace,
             ranks=ranks,
             slots=slots,

@@ -1,43 +1,53 @@
-"""Planning: what a window of earlier traffic says to a placement."""
+"""Planning: what single steps of earlier traffic, and the costs of a deployment, say to a placement."""
+
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cost_models.ops import CostModel
 from router.placement.problem import PlacementProblem
+from router.replicas import ReplicaChoice
+from router.splits import SPLITS
+from sim.layout import Layout
+from sim.lower import Protocol
 from sim.rank_seconds import rank_seconds_of
-from sim.replay import Replay
 from traces.batching import Step
 from traces.trace import RoutingTrace
 
 
-def problem_of(replay: Replay, *, slots: int, away_share: float = 1.0, seed: int = 0) -> PlacementProblem:
-    """All that the trace, the steps and the costs of an earlier replay know, for its layout and the model's groups.
+def with_steps(
+    problem: PlacementProblem,
+    trace: RoutingTrace,
+    steps: Sequence[Step],
+    *,
+    costs: CostModel,
+    layout: Layout,
+    protocol: Protocol,
+    dispatch_dtype: str | None = None,
+    replica_choice: ReplicaChoice = "even",
+) -> PlacementProblem:
+    """The problem with the rows of each step, the experts of each token, and what they take on such a deployment.
 
-    Loads are those of all the trace's tokens. Tokens that use null experts have not K experts to place together: such a
-    model's single tokens are left out. Errors: `InputError` as `PlacementProblem`.
+    A token that uses a null expert has not K experts to place together: such a model's single tokens are left out.
     """
-    trace, layout = replay.trace, replay.shared
-    model, ranks = trace.model, layout.expert_groups
-    return PlacementProblem(
-        loads_LE=trace.loads_LE().astype(np.float64),
-        ranks=ranks,
-        slots=slots,
-        nodes=layout.nodes,
-        groups=model.expert_groups,
-        away_share=away_share,
-        seed=seed,
-        steps_WLE=np.stack([rows_LE(trace, step) for step in replay.steps]),
+    model = trace.model
+    return replace(
+        problem,
+        steps_WLE=np.stack([rows_LE(trace, step) for step in steps]),
         ids_TLK=None if model.null_experts else trace.expert_ids_TLC[:, :, : model.top_k].astype(np.int64),
         seconds=rank_seconds_of(
             model,
-            replay.costs,
+            costs,
             layout=layout,
-            protocol=replay.protocol,
-            dispatch_dtype=replay.dispatch_dtype or model.activation_dtype,
-            slots_per_rank=-(-slots // ranks),
-            tokens_per_rank=replay.steps[0].tokens_T.size // layout.ranks,
+            protocol=protocol,
+            dispatch_dtype=dispatch_dtype or model.activation_dtype,
+            slots_per_rank=problem.slots_per_rank,
+            tokens_per_rank=steps[0].tokens_T.size // layout.ranks,
             width=model.top_k,
         ),
+        split=replica_choice if replica_choice in SPLITS else None,
     )
 
 

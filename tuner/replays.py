@@ -17,7 +17,7 @@ from router.placement.problem import PlacementProblem
 from router.placement.residency import keep_resident
 from sim.layout import Layout
 from sim.lower import Work
-from sim.planning import problem_of
+from sim.planning import with_steps
 from sim.replay import Fidelity, Replay
 from sim.report import Report
 from sim.timeline import Timeline
@@ -108,10 +108,10 @@ class Replays:
     def placement(self, config: Config) -> Placement:
         """Where the config puts the experts and which stay in memory, planned on the first window."""
         choice = config.placement
-        planned = (choice.algorithm, choice.redundant_slots, choice.away_share)
-        if planned not in self._planned:
-            self._planned[planned] = plan(choice.algorithm, self._problem(choice))
-        return keep_resident(self._planned[planned], self.planned_loads_LE, choice.resident_share)
+        asked = choice.model_copy(update={"resident_share": 1.0})
+        if asked not in self._planned:
+            self._planned[asked] = plan(choice.algorithm, self._problem(choice))
+        return keep_resident(self._planned[asked], self.planned_loads_LE, choice.resident_share)
 
     @cached_property
     def planned_loads_LE(self) -> NDArray[np.int64]:
@@ -119,25 +119,34 @@ class Replays:
         return self.plan_window.loads_LE()
 
     @cached_property
-    def _planned(self) -> dict[tuple[str, int, float], Placement]:
-        """Placements so far, by what they depend on: of the many configs of a study, few differ in that."""
+    def _planned(self) -> dict[PlacementChoice, Placement]:
+        """Placements so far: of the many configs of a study, few differ in that."""
         return {}
 
     def _problem(self, choice: PlacementChoice) -> PlacementProblem:
         """What the plan window says to the algorithm; of single steps only to one that reads them."""
-        slots = self.trace.model.experts + choice.redundant_slots
+        problem = PlacementProblem(
+            loads_LE=self.planned_loads_LE.astype(np.float64),
+            ranks=self.layout.expert_groups,
+            slots=self.trace.model.experts + choice.redundant_slots,
+            nodes=self.layout.nodes,
+            groups=self.trace.model.expert_groups,
+            away_share=choice.away_share,
+            seed=self.scenario.seed,
+        )
         if not PLACEMENTS[choice.algorithm].needs:
-            return PlacementProblem(
-                loads_LE=self.planned_loads_LE.astype(np.float64),
-                ranks=self.layout.expert_groups,
-                slots=slots,
-                nodes=self.layout.nodes,
-                groups=self.trace.model.expert_groups,
-                away_share=choice.away_share,
-                seed=self.scenario.seed,
-            )
-        window = replace(self.windows["tune"], trace=self.plan_window, steps=self.plan_steps)
-        return problem_of(window, slots=slots, away_share=choice.away_share, seed=self.scenario.seed)
+            return problem
+        window = self.windows["tune"]
+        return with_steps(
+            problem,
+            self.plan_window,
+            self.plan_steps,
+            costs=window.costs,
+            layout=self.layout,
+            protocol=window.protocol,
+            dispatch_dtype=window.dispatch_dtype,
+            replica_choice=choice.replica_choice,
+        )
 
     def run(
         self,

@@ -250,6 +250,13 @@ def separate(held_GP: Any, level_E: Any, load_G: Any) -> None:
 
 
 @numba.njit(cache=True)
+def keep_apart(held_LGP: Any, experts: int) -> None:
+    """`separate` in every layer, in place, whatever the loads."""
+    for held_GP in held_LGP:
+        separate(held_GP, np.zeros(experts), np.zeros(held_GP.shape[0]))
+
+
+@numba.njit(cache=True)
 def _to_give(held_GP: Any, giver: int, taker: int) -> int:
     """A place of the giver whose expert the taker lacks; else one whose expert the giver has twice."""
     twice = -1

@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from router.placement.base import check_slots
 from router.rank_seconds import RankSeconds
+from router.splits import SPLITS
 from traces.errors import InputError
 
 
@@ -20,10 +21,10 @@ class PlacementProblem:
 
     What only some algorithms read: `steps_WLE` the rows of each expert in each of W earlier steps; `ids_TLK` the
     experts that each of T earlier tokens used; `seconds` what a rank's rows and active experts take. None where not
-    known.
+    known. `split`: the name of the split (`router.splits`) by which rows will choose replicas; None: they take turns.
 
     Errors: `InputError` if slots do not hold the experts or divide over ranks, ranks over nodes, experts over groups,
-    or if a load is negative or not finite.
+    if a rank has more slots than there are experts, or if a load is negative or not finite.
     """
 
     loads_LE: NDArray[np.float64]
@@ -36,9 +37,15 @@ class PlacementProblem:
     steps_WLE: NDArray[np.integer] | None = None
     ids_TLK: NDArray[np.integer] | None = None
     seconds: RankSeconds | None = None
+    split: str | None = None
 
     def __post_init__(self) -> None:
         check_slots(self.slots, self.ranks, self.experts)
+        if self.slots_per_rank > self.experts:
+            raise InputError(
+                f"{self.slots} slots are more than every expert on every rank takes; a second copy there relieves "
+                f"nothing: use at most {self.experts * self.ranks}"
+            )
         check_loads(self.loads_LE)
         if self.nodes < 1 or self.ranks % self.nodes:
             raise InputError(f"{self.ranks} ranks do not divide over {self.nodes} nodes; use a divisor of the ranks")
@@ -48,6 +55,8 @@ class PlacementProblem:
             )
         if not 0 <= self.away_share <= 1:
             raise InputError(f"away_share is {self.away_share:g}; it must be 0 to 1")
+        if self.split is not None and self.split not in SPLITS:
+            raise InputError(f"unknown split {self.split!r}; known are {', '.join(SPLITS)}")
         for name, traffic in (("steps", self.steps_WLE), ("ids", self.ids_TLK)):
             if traffic is not None and (traffic.ndim != 3 or traffic.shape[1] != self.layers):
                 raise InputError(f"{name} of shape {traffic.shape} for loads of {self.layers} layers; give as many")

@@ -6,15 +6,17 @@ of each expert in the step, `slots_EX` and `replicas_E`, a placement's tables of
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from router.placement.base import Placement
 from router.splits.fewest_active import fewest_active
 from router.splits.least_loaded import least_loaded
 from router.splits.water_filling import water_filling
+
+if TYPE_CHECKING:  # placements are planned for a split, and import this
+    from router.placement.base import Placement
 
 Split = Callable[[Any, Any, Any, int, int], NDArray[np.int64]]
 
@@ -25,7 +27,7 @@ SPLITS: dict[str, Split] = {
 }
 
 
-def split(name: str, counts_E: NDArray[np.int64], placement: Placement, layer: int) -> NDArray[np.int64]:
+def split(name: str, counts_E: NDArray[np.int64], placement: "Placement", layer: int) -> NDArray[np.int64]:
     """The rows of each replica, [E, X] as in the placement's `expert_slots_LEX`; 0 where there is none."""
     return SPLITS[name](
         counts_E,
@@ -36,7 +38,7 @@ def split(name: str, counts_E: NDArray[np.int64], placement: Placement, layer: i
     )
 
 
-def rank_loads_G(rows_EX: NDArray[Any], placement: Placement, layer: int) -> NDArray[Any]:
+def rank_loads_G(rows_EX: NDArray[Any], placement: "Placement", layer: int) -> NDArray[Any]:
     """The rows that each rank computes: [G]."""
     slots_EX = placement.expert_slots_LEX[layer]
     rows_S = np.zeros(placement.slots, dtype=rows_EX.dtype)

@@ -33,7 +33,7 @@ def problems(draw: st.DrawFn) -> PlacementProblem:
     ranks = nodes * draw(st.integers(1, 4))
     experts = groups * draw(st.integers(1, 4))
     least = -(-experts // ranks)
-    slots_per_rank = draw(st.integers(least, least + 3))
+    slots_per_rank = draw(st.integers(least, min(least + 3, experts)))
     layers, steps = draw(st.integers(1, 2)), draw(st.integers(1, 3))
     loads = st.sampled_from([0, 1, 1, 2, 3, 7, 40])
     size = steps * layers * experts

@@ -15,7 +15,6 @@ from router.moves import improve
 from router.placement import BY_GROUPS, PLACEMENTS, plan
 from router.placement.base import Placement
 from router.placement.problem import PlacementProblem
-from router.rank_seconds import RankSeconds
 from router.relabel import relabel
 from traces.errors import InputError
 from traces.progress import Progress, quiet
@@ -41,14 +40,9 @@ class Plan:
 
 
 def problem_of(
-    request: PlacingRequest,
-    loads_LE: NDArray[np.float64],
-    *,
-    steps_WLE: NDArray[np.integer] | None = None,
-    ids_TLK: NDArray[np.integer] | None = None,
-    seconds: RankSeconds | None = None,
+    request: PlacingRequest, loads_LE: NDArray[np.float64], steps_WLE: NDArray[np.integer] | None = None
 ) -> PlacementProblem:
-    """The request with its traffic, on the ranks that are left: without a rank, nodes are uneven and count as one.
+    """The request with its loads, on the ranks that are left: without a rank, nodes are uneven and count as one.
 
     Errors: `InputError` as `PlacementProblem`.
     """
@@ -64,8 +58,6 @@ def problem_of(
         away_share=request.away_share or 0.0,
         seed=request.seed,
         steps_WLE=steps_WLE,
-        ids_TLK=ids_TLK,
-        seconds=seconds,
     )
 
 

@@ -12,7 +12,7 @@ from cost_models.ops import CostModel
 from router.placement.base import Placement
 from router.placement.problem import PlacementProblem
 from sim.layout import Layout
-from sim.rank_seconds import rank_seconds_of
+from sim.planning import with_steps
 from traces.model import ModelSpec
 from traces.trace import RoutingTrace
 from tuner.placing.answer import PlacingRequest
@@ -104,22 +104,15 @@ def _problem(
     cluster: Cluster,
     costs: CostModel,
 ) -> PlacementProblem:
-    trace = windows.plan.trace
-    model = trace.model
-    bare = problem_of(request, loads_LE)
-    seconds = rank_seconds_of(
-        model,
-        costs,
+    return with_steps(
+        problem_of(request, loads_LE),
+        windows.plan.trace,
+        windows.plan.steps,
+        costs=costs,
         layout=Layout.on(cluster),
         protocol=deployment.sends,
-        dispatch_dtype=model.activation_dtype,
-        slots_per_rank=bare.slots_per_rank,
-        tokens_per_rank=windows.tokens_per_rank,
-        width=model.top_k,
+        replica_choice=deployment.replica_choice,
     )
-    # Null experts have no slot, so a token that used one has no K experts to place together.
-    ids_TLK = None if model.null_experts else trace.expert_ids_TLC[:, :, : model.top_k].astype(np.int64)
-    return problem_of(request, loads_LE, steps_WLE=windows.plan.rows_WLE(), ids_TLK=ids_TLK, seconds=seconds)
 
 
 def _in_weights(trace: RoutingTrace, weights: str | None) -> RoutingTrace:

@@ -8,6 +8,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
+from sim.planning import rows_LE
 from traces.batching import PHASE_CODES, Phase, Step, make_steps, split_requests
 from traces.errors import InputError
 from traces.trace import RoutingTrace
@@ -33,7 +34,7 @@ class Window:
 
     def rows_WLE(self) -> NDArray[np.int64]:
         """The rows of each expert in each step, by the model's own top k."""
-        return np.stack([self.trace.take(step.tokens_T).loads_LE() for step in self.steps])
+        return np.stack([rows_LE(self.trace, step) for step in self.steps])
 
 
 @dataclass(frozen=True, eq=False, slots=True, kw_only=True)

@@ -15,6 +15,13 @@ GOOD = {"ranks": 4, "slots": 8, "nodes": 2, "groups": 2}
     [
         ({"slots": 9}, "9 expert slots do not divide over 4 ranks; add 3 redundant slots"),
         ({"slots": 4}, "4 slots cannot hold 8 experts; give at least 8"),
+        (
+            {"slots": 36},
+            (
+                "36 slots are more than every expert on every rank takes; a second copy there relieves nothing: "
+                "use at most 32"
+            ),
+        ),
         ({"nodes": 3}, "4 ranks do not divide over 3 nodes; use a divisor of the ranks"),
         ({"groups": 3}, "8 experts do not divide into 3 groups; use a divisor of the experts"),
         ({"away_share": 1.5}, "away_share is 1.5; it must be 0 to 1"),
