@@ -18,7 +18,7 @@ replay = mr.Replay(
 )
 policy = mr.RoutingPolicy(selection=mr.TopK(k=trace.model.top_k))
 
-for algorithm in ("contiguous", "random", "lpt"):
+for algorithm in ("contiguous", "random", "balanced"):
     placement = mr.place(algorithm, earlier.loads_LE(), ranks=8, slots=trace.model.experts)
     report, _, _ = replay.run(policy, placement, intervals=True)
     low_s, high_s = report.interval_s

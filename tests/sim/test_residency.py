@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from recorder import Recorder
 
@@ -92,6 +92,7 @@ def test_replicas_share_their_experts_load() -> None:
     assert kept.resident_LE.tolist() == [[True, True, False]]
 
 
+@settings(deadline=None)
 @given(data=st.data())
 def test_each_rank_keeps_its_share_and_nothing_that_stays_is_less_loaded(data: st.DataObject) -> None:
     ranks, per_rank = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 8))
