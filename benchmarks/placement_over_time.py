@@ -42,7 +42,8 @@ from traces.presets import preset
 
 RANKS, REDUNDANT, STEPS = 8, 16, 400
 DECODE, PREFILL = 64, 2048  # tokens a rank
-EVERY, WINDOW, HORIZON = 25, 25, 50
+EVERY, WINDOW = 25, 25
+HORIZONS = (25, 50)  # steps in which a move must pay
 EPLB_EVERY = (1, 3, 6)  # times as many steps
 RECORDED_EVERY = 6  # a recorded trace has few steps
 
@@ -71,7 +72,7 @@ class Stretch:
             Replan(every=every, window=window, algorithm="balanced", renumber=True),
             Incremental(every=every, window=window, budget_share=0.05),
             Incremental(every=every, window=window, budget_share=0.1),
-            WhenItPays(horizon=HORIZON, **pays),
+            *(WhenItPays(horizon=horizon, **pays) for horizon in HORIZONS),
         ]
         runs = [
             rebalance_over_time(rebalancer, self.start, self.loads_WLE, step_s=self.step_s, move_s=self.move_s)

@@ -21,7 +21,7 @@ from placement_plain import eplb_in_python
 
 from router.balance import balancedness, balancedness_bound, moved_share, rank_loads_LG
 from router.moves import improve
-from router.placement.base import Placement
+from router.placement.base import Placement, slots_in
 from router.placement.bound import bound_of
 from router.placement.problem import PlacementProblem
 from router.relabel import relabel
@@ -178,8 +178,8 @@ def drift_cases() -> Iterator[dict[str, Any]]:
                     (f"{algorithm}, ranks renumbered", None, renumbered, ms + renumber_ms),
                 ]
             for budget in BUDGETS:
-                moves = int(budget * before.slot_to_expert_LS.size)
-                better, ms = timed(improve, before, today_LE, moves=moves)
+                fills = slots_in(budget, before.slot_to_expert_LS.size)
+                better, ms = timed(improve, before, today_LE, fills=fills)
                 runs.append(("improve", budget, better, ms))
             for algorithm, budget_share, placement, ms in runs:
                 yield {

@@ -55,7 +55,8 @@ def least_largest_replica_L(loads_LE: NDArray[np.integer | np.floating], ranks: 
 def active_by_rank_WLG(placement: Placement, steps_WLE: NDArray[np.integer]) -> NDArray[np.int64]:
     """The experts with rows on each rank in each step, where replicas take an expert's rows in turn: [W, L, G].
 
-    The first replica takes the first row: an expert with fewer rows than replicas leaves the last ones idle.
+    The first replica takes the first row: an expert with fewer rows than replicas leaves the last ones idle. One that a
+    rank holds twice counts twice: both slots have weights to read.
     """
     ranks, slots_per_rank = placement.ranks, placement.slots_per_rank
     active_WLG = np.zeros((*steps_WLE.shape[:2], ranks), dtype=np.int64)
@@ -67,6 +68,23 @@ def active_by_rank_WLG(placement: Placement, steps_WLE: NDArray[np.integer]) -> 
         active_WS = steps_WLE[:, layer, placement.slot_to_expert_LS[layer]] > turn_S
         active_WLG[:, layer] = active_WS.reshape(-1, ranks, slots_per_rank).sum(axis=2)
     return active_WLG
+
+
+def fewest_active_on_busiest_WL(steps_WLE: NDArray[np.integer], ranks: int) -> NDArray[np.int64]:
+    """The fewest active experts that the busiest rank can have, by step and layer: those of a step over the ranks."""
+    return np.asarray(-(-(steps_WLE > 0).sum(axis=2) // ranks))
+
+
+def active_bound(steps_WLE: NDArray[np.integer], ranks: int, slots: int) -> float:
+    """No placement spreads active experts more evenly: mean over most, averaged over steps and layers.
+
+    n active experts put ceil(n / G) on some rank. Replicas that take rows too raise the mean, by at most one for each
+    redundant slot, and up to the same number on every rank.
+    """
+    active_WL = (steps_WLE > 0).sum(axis=2)
+    most_WL = fewest_active_on_busiest_WL(steps_WLE, ranks)
+    reach_WL = np.minimum(active_WL + slots - steps_WLE.shape[2], most_WL * ranks)
+    return float(np.mean(np.where(most_WL > 0, reach_WL / ranks / np.maximum(most_WL, 1), 1.0)))
 
 
 def moved_share(before: Placement, after: Placement) -> float:

@@ -21,10 +21,10 @@ from traces.errors import InputError
 _LEVELS = (0.01, 0.002)
 
 
-def improve(current: Placement, loads_LE: NDArray[np.integer | np.floating], *, moves: int) -> Placement:
-    """`current` made better for `loads_LE`, where replicas share evenly and at most `moves` slots are filled anew.
+def improve(current: Placement, loads_LE: NDArray[np.integer | np.floating], *, fills: int) -> Placement:
+    """`current` made better for `loads_LE`, where replicas share evenly and at most `fills` slots are filled anew.
 
-    A slot is filled anew if its expert was nowhere on its rank in `current` (`router.balance.moved_LS`). `moves` are
+    A slot is filled anew if its expert was nowhere on its rank in `current` (`router.balance.moved_LS`). `fills` are
     those of all layers together: they go where they raise the mean balancedness most. No layer's largest rank load
     rises, every expert keeps a slot, and no rank gets a second replica of an expert.
 
@@ -37,8 +37,8 @@ def improve(current: Placement, loads_LE: NDArray[np.integer | np.floating], *, 
 
     Errors: `InputError` for a negative budget, or for loads that are not of the placement's layers and experts.
     """
-    if moves < 0:
-        raise InputError(f"{moves} moves; give 0 or more")
+    if fills < 0:
+        raise InputError(f"a budget of {fills} slots; give 0 or more")
     load_LE = np.ascontiguousarray(loads_LE, dtype=np.float64)  # one layout: one compilation
     check_loads(load_LE)
     if load_LE.shape != (current.layers, current.experts):
@@ -51,9 +51,9 @@ def improve(current: Placement, loads_LE: NDArray[np.integer | np.floating], *, 
     state = start(slot_to_expert_LS.copy(), load_LE, current.ranks)
     path = Path.begin(state.load_LG.max(axis=1), longest=2 * current.slots)
     for level in _LEVELS:
-        if relieve(state, path, mean_L * (1 + level), moves) >= moves:
+        if relieve(state, path, mean_L * (1 + level), fills) >= fills:
             break
-    _take(slot_to_expert_LS, path, _choose(path, mean_L, moves))
+    _take(slot_to_expert_LS, path, _choose(path, mean_L, fills))
     return Placement(slot_to_expert_LS=slot_to_expert_LS, experts=current.experts, ranks=current.ranks)
 
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from router.moves import improve
 from router.placement import plan
-from router.placement.base import Placement
+from router.placement.base import Placement, slots_in
 from router.placement.problem import PlacementProblem
 from router.placement.step_costs import predicted_s_WL
 from router.rank_seconds import RankSeconds
@@ -212,8 +212,8 @@ def _planned(
 
 
 def _moved(current: Placement, window_WLE: NDArray[np.integer], *, budget_share: float) -> Placement:
-    moves = int(budget_share * current.slot_to_expert_LS.size)
-    return improve(current, window_WLE.sum(axis=0), moves=moves)
+    fills = slots_in(budget_share, current.slot_to_expert_LS.size)
+    return improve(current, window_WLE.sum(axis=0), fills=fills)
 
 
 def _due(step: int, every: int, window_WLE: NDArray[np.integer]) -> bool:

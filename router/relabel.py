@@ -2,8 +2,8 @@
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import linear_sum_assignment
 
+from router.matching import matched_ranks
 from router.placement.base import Placement
 from traces.errors import InputError
 
@@ -13,7 +13,7 @@ def relabel(before: Placement, after: Placement, *, nodes: int = 1) -> Placement
 
     All ranks have equal slots and links, so that any order of them is as good; a plan made anew gives them at random.
     Where `nodes` are more than one, ranks that `after` has on one node stay on one node together: nodes are renumbered
-    as wholes, and ranks within them. Both are assignment problems, solved exactly.
+    as wholes, and ranks within them (`router.matching`).
 
     Errors: `InputError` if the placements are not of the same layers, experts and ranks, or ranks do not divide over
     nodes.
@@ -27,7 +27,7 @@ def relabel(before: Placement, after: Placement, *, nodes: int = 1) -> Placement
         raise InputError(f"{after.ranks} ranks do not divide over {nodes} nodes; use a divisor of the ranks")
     slots_LGS = after.slot_to_expert_LS.reshape(after.layers, after.ranks, -1)
     resident_LGS = None if after.resident_LS is None else after.resident_LS.reshape(slots_LGS.shape)
-    from_LG = np.stack([_renumbered(kept_GG, nodes) for kept_GG in _kept_LGG(before, after)])
+    from_LG = np.stack([matched_ranks(kept_GG, nodes) for kept_GG in _kept_LGG(before, after)])
     layer_L1 = np.arange(after.layers)[:, None]
     return Placement(
         slot_to_expert_LS=slots_LGS[layer_L1, from_LG].reshape(after.layers, -1),
@@ -49,18 +49,3 @@ def _slots_LGE(placement: Placement) -> NDArray[np.float32]:
     rank_S = np.arange(placement.slots) // placement.slots_per_rank
     np.add.at(slots_LGE, (np.arange(placement.layers)[:, None], rank_S[None], placement.slot_to_expert_LS), 1)
     return slots_LGE
-
-
-def _renumbered(kept_GG: NDArray[np.float32], nodes: int) -> NDArray[np.int64]:
-    """Which rank of `after` each rank is to be, so that most slots are kept: [G]."""
-    size = kept_GG.shape[0] // nodes
-    kept_NGNG = kept_GG.reshape(nodes, size, nodes, size)
-    from_NNG = np.empty((nodes, nodes, size), dtype=np.int64)
-    kept_NN = np.empty((nodes, nodes))
-    for before in range(nodes):
-        for after in range(nodes):
-            kept = kept_NGNG[before, :, after]
-            rows, from_NNG[before, after] = linear_sum_assignment(kept, maximize=True)
-            kept_NN[before, after] = kept[rows, from_NNG[before, after]].sum()
-    from_N = linear_sum_assignment(kept_NN, maximize=True)[1]
-    return np.concatenate([after * size + from_NNG[before, after] for before, after in enumerate(from_N)])

@@ -81,6 +81,8 @@ def rebalance_over_time(
         if current is wanted:
             past_WLE = loads_WLE[max(step - rebalancer.window, 0) : step].copy()  # of what comes it has nothing
             wanted = rebalancer.next(step, current, past_WLE)
+            if np.array_equal(wanted.slot_to_expert_LS, current.slot_to_expert_LS):
+                wanted = current
             rebalanced_W[step] = wanted is not current
         if current is not wanted:
             before, current = current, _nearer(current, wanted, layers_per_step)

@@ -53,7 +53,7 @@ def make_steps(
         if shortest < tokens_per_rank:
             raise InputError(
                 f"prefill steps of {tokens_per_rank} tokens on each of {ranks} ranks need as many from every rank; "
-                f"the trace's {len(requests)} requests leave one with {shortest}: "
+                f"the {len(requests)} requests leave one with {shortest}: "
                 "use fewer ranks, fewer tokens a rank, or a longer trace"
             )
         steps = shortest // tokens_per_rank
@@ -108,7 +108,7 @@ def _equal_pieces(requests: list[NDArray[np.int64]], count: int) -> NDArray[np.i
     if size_R.sum() < count:
         raise InputError(
             f"decode steps need {count} streams (ranks × tokens a rank), each of at least one token; "
-            f"the trace has {size_R.sum()}: use fewer ranks, fewer tokens a rank, or a longer trace"
+            f"there are {size_R.sum()}: use fewer ranks, fewer tokens a rank, or a longer trace"
         )
     longest = min(int(size_R.sum()) // count, int(size_R.max()))
     length = next(length for length in range(longest, 0, -1) if (size_R // length).sum() >= count)

@@ -45,25 +45,29 @@ def read_loads(path: Path) -> Loads:
     """Read JSON of `{"logical_count": [L][E]}` or `[W][L][E]`, which SGLang's `--init-expert-location` takes.
 
     Left out, and said so: other keys, and steps without a row in any layer. Errors: `InputError` with one line that
-    names the file and the place, where it is not such JSON, or a count is missing, negative or not a finite number.
+    names the file and the place, where it is not such JSON, or a count is missing, negative or not a finite number,
+    as is the sum of all.
     """
     document = _document(path)
-    skipped = tuple(f"key {key!r}: not a count of logical experts" for key in document if key != KEY)
+    skipped = tuple(f"left out: key {key!r}, which is no count of logical experts" for key in document if key != KEY)
     counts = document[KEY]
     axes = _AXES if _depth(counts) >= 3 else _AXES[1:]
     sizes = _sizes(path, counts, axes)
     count_XE = np.stack([_row(path, row, f"{place}, ") for place, row in _rows(counts, axes)])
+    with np.errstate(over="ignore"):
+        if not np.isfinite(count_XE.sum()):
+            raise InputError(f"{path}: {KEY}: the sum of all counts is not a finite number; give smaller counts")
     if len(axes) == 2:
         return Loads(loads_LE=count_XE, steps_WLE=None, source=str(path), skipped=skipped)
 
     step_WLE = count_XE.reshape(sizes)
     used_W = step_WLE.any(axis=(1, 2))
     if used_W.any() and not used_W.all():  # if no step has a row, all layers are without load, which is a defined case
-        skipped += (f"{np.sum(~used_W)} of {used_W.size} steps: no row in any layer",)
+        skipped += (f"left out: {np.sum(~used_W)} of {used_W.size} steps, which have no row in any layer",)
         step_WLE = step_WLE[used_W]
     whole = bool((step_WLE == np.floor(step_WLE)).all() and step_WLE.max() <= _MOST_EXACT)
     if not whole:
-        skipped += ("single steps: their counts are no whole rows, so that only the sum is used",)
+        skipped += ("left out: single steps, whose counts are no whole rows, so that only the sum is used",)
     return Loads(
         loads_LE=step_WLE.sum(axis=0),
         steps_WLE=step_WLE.astype(np.int64) if whole else None,

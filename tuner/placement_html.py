@@ -40,11 +40,11 @@ def _sentence(text: str) -> str:
 
 
 def _facts(answer: Answer) -> list[str]:
-    after, steps = answer.after, answer.steps
+    after = answer.after
     slots = f"{after.slots} slots, {after.slots_per_rank} a rank"
-    what = f"{after.layers} layers of {after.experts} experts in {slots}; placed by {answer.chosen.algorithm}."
-    simulated = () if steps is None else steps.facts
-    return [what, *simulated, *map(_sentence, answer.notes)]
+    layers = f"{after.layers} layer{'s' if after.layers > 1 else ''}"
+    what = f"{layers} of {after.experts} experts in {slots}; placed by {answer.chosen.plan.algorithm}."
+    return [what, *answer.facts, *map(_sentence, answer.notes)]
 
 
 def _over_mean(loads_LG: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -68,14 +68,21 @@ def _falling_loads(answer: Answer) -> str:
             hovertemplate=f"{name}, rank %{{x}} by load: %{{y:.3f}} times the mean<extra></extra>",
         )
     ranks = answer.after.ranks
-    figure.update_xaxes(title="ranks of each layer by falling load", range=[1 - 0.02 * ranks, 1.02 * ranks])
+    figure.update_xaxes(
+        title="ranks of each layer by falling load",
+        range=[1 - 0.02 * ranks, 1.02 * ranks],
+        tick0=1,
+        dtick=ceil(ranks / 8),
+    )
     figure.update_yaxes(title="load over the mean", rangemode="tozero")
     traffic = "later traffic than was planned on" if answer.gain is not None else "the traffic that was planned on"
+    counts = ""
+    if answer.steps is None:
+        counts = " A layer ends when its busiest rank does, so what counts is how high a line starts."
     return plot(
         "falling",
         figure,
-        f"Rows of ranks in {traffic}, where replicas share their expert's evenly. A layer ends when its busiest rank "
-        "does, so what counts is how high a line starts.",
+        f"Rows of ranks in {traffic}, where replicas share their expert's evenly.{counts}",
         height=320,
     )
 
@@ -107,7 +114,12 @@ def _load_maps(answer: Answer) -> str:
             col=column,
         )
     figure.update_layout(margin={"t": 40, "b": 120}, coloraxis=load_axis(extent, plot_px=plot_px))
-    return plot("loads", figure, "The same by layer and rank, over the mean of the layer.", height=plot_px + 160)
+    return plot(
+        "loads",
+        figure,
+        "The same by layer and rank, over the mean of the layer; colours by its logarithm.",
+        height=plot_px + 160,
+    )
 
 
 def _figures(answer: Answer) -> str:
@@ -124,9 +136,12 @@ def _figures(answer: Answer) -> str:
             (f"of it {escape(part)}, the mean rank (ms)", *(h.ms(of.get(part, 0.0)) for of in steps.parts_s), "", "")
             for part in names
         ]
+        busiest = [f"{active:.2f}" for active in steps.busiest_active]
+        rows.append(("Active experts of the busiest rank", *busiest[:2], "", busiest[2]))
         for tier, where in (("scale_up", "inside nodes"), ("scale_out", "between nodes")):
-            sent = [f"{of.get(tier, 0.0) / 1e6:,.1f}" for of in steps.bytes_by_tier]
-            rows.append((f"MB {where}, a step", *sent, "", ""))
+            sent = [of.get(tier, 0.0) / 1e6 for of in steps.bytes_by_tier]
+            if any(sent):
+                rows.append((f"MB {where}, a step", *(f"{mb:,.1f}" for mb in sent), "", ""))
     figures = h.table(("", "Now", "Planned", "Random", "Best possible"), rows, words=1)
     return figures + h.paragraph(_cost_in_words(answer))
 
@@ -139,7 +154,7 @@ def _balance_row(name: str, balance: Balance) -> tuple[str, ...]:
 def _cost_in_words(answer: Answer) -> str:
     said = [
         "Balancedness is the mean load of ranks over the largest, averaged over layers.",
-        f"{h.percent(answer.chosen.moved_share)} of the slots take an expert that is not on their rank now.",
+        f"{h.percent(answer.chosen.plan.moved_share)} of the slots take an expert that is not on their rank now.",
     ]
     if answer.gain is not None:
         said.append(f"The gain in {answer.gain_of} is {_gain_in_words(answer.gain)}.")
@@ -164,9 +179,9 @@ def _candidates(answer: Answer) -> str:
     rows = []
     for candidate in answer.candidates:
         chosen = " <small>chosen</small>" if candidate is answer.chosen else ""
-        row = [escape(candidate.algorithm) + chosen, h.ms(candidate.plan_s), f"{candidate.tokens:.4f}"]
+        row = [escape(candidate.plan.algorithm) + chosen, h.ms(candidate.plan.plan_s), f"{candidate.tokens:.4f}"]
         row += [f"{candidate.active:.4f}"] if candidate.active is not None else []
         row += [h.ms(candidate.step_s)] if candidate.step_s is not None else []
-        rows.append([*row, h.percent(candidate.moved_share)])
+        rows.append([*row, h.percent(candidate.plan.moved_share)])
     by = "On the requests that choose between them, which come after those they were planned on and before those that "
     return h.table(head, rows, words=1) + (h.paragraph(f"{by}judge the chosen one.") if by_steps else "")

@@ -1,7 +1,7 @@
 """From a scenario to its replays: the trace cut into windows, the cluster and the costs made."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, Self
 
@@ -9,7 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cost_models.cluster import Cluster
-from cost_models.devices import dtype_bytes
 from router.history import RoutingHistory, read_output_errors
 from router.placement import PLACEMENTS, plan
 from router.placement.base import Placement, check_slots
@@ -33,6 +32,7 @@ from tuner.config import PlacementChoice
 from tuner.costs import make_costs
 from tuner.scenario import Config, Scenario, SyntheticTrace
 from tuner.served import check_policy, fit_space, placement_lacks
+from tuner.weights import in_weights
 
 Window = Literal["tune", "validate"]
 _PLANNED_STEPS = 64  # of the plan window, at most: more say little that these do not
@@ -56,7 +56,7 @@ class Replays:
 
         Errors: `InputError` if it does not fit together.
         """
-        trace = _in_weights(trace or load_trace(scenario), scenario.weights)
+        trace = in_weights(trace or load_trace(scenario), scenario.weights)
         cluster = make_cluster(scenario)
         layout = Layout.on(cluster, **scenario.layout.model_dump())
         check_slots(slots_of(scenario.config, trace), layout.expert_groups, trace.model.experts)
@@ -218,18 +218,10 @@ def parts_of(scenario: Scenario, trace: RoutingTrace) -> list[RoutingTrace]:
 
     What was not recorded is guessed by a model fitted on the plan window. Errors: `InputError`.
     """
-    plan, *others = split_requests(_in_weights(trace, scenario.weights), scenario.windows.shares)
+    plan, *others = split_requests(in_weights(trace, scenario.weights), scenario.windows.shares)
     if scenario.candidates is None:
         return [plan, *others]
     try:
         return [plan, *complete_windows(plan, others, scenario.candidates, scenario.seed)]
     except InputError as error:
         raise InputError(f"candidates: {error}") from error
-
-
-def _in_weights(trace: RoutingTrace, weights: str | None) -> RoutingTrace:
-    """The trace of the same model with weights in another format (None: its own)."""
-    if weights is None:
-        return trace
-    model = replace(trace.model, weight_bytes=dtype_bytes(weights), weight_dtype=weights)
-    return replace(trace, model=model)

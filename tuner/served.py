@@ -2,7 +2,7 @@
 
 from router.parameters import parameters_of
 from router.part import Part
-from router.placement import BY_GROUPS, PLACEMENTS
+from router.placement import PLACEMENTS
 from router.placement.base import check_slots
 from router.policies import POLICIES, RoutingPolicy, needs_with
 from router.policies.group_limited import GroupLimited
@@ -92,7 +92,7 @@ def _fit_placements(space: Space, trace: RoutingTrace, layout: Layout, no_steps:
 def placement_lacks(name: str, trace: RoutingTrace, layout: Layout, no_steps: str) -> str:
     """What a placement algorithm asks for and does not get, with the mend; empty where it gets all."""
     needs, groups = PLACEMENTS[name].needs, trace.model.expert_groups
-    if name in BY_GROUPS and groups % layout.nodes:
+    if PLACEMENTS[name].keeps_groups and groups % layout.nodes:
         return f"packs groups of experts on nodes, and {trace.model.name} has {groups} for {layout.nodes}: use balanced"
     if "tokens" in needs and trace.model.null_experts:
         return f"looks at the K experts of a token, of which some are null in {trace.model.name}: use another"

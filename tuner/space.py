@@ -25,7 +25,6 @@ NONE = "none"  # no adjustment, no capacity
 _SCOPE = "scope"
 # Placements that are searched by default: of those that do the same, the best.
 _SEARCHED = ("active_aware", "affinity", "balanced", "contiguous", "cost_aware", "random")
-_SOFT = "soft_hierarchical"
 _DECADE_STEP = 0.05  # twenty values a decade: each a ninth more than the one before
 # Draws are rounded to this, so that equal configs look equal whatever the arithmetic of steps.
 _DIGITS = 6
@@ -227,7 +226,8 @@ def suggest_config(trial: Suggests, space: Space) -> Config:
     replica_choice: ReplicaChoice = "even"
     if redundant_slots:
         replica_choice = trial.suggest_categorical("replica_choice", space.replica_choices)
-    away_share = trial.suggest_categorical("away_share", space.away_shares) if algorithm == _SOFT else 1.0
+    may_leave = PLACEMENTS[algorithm].may_leave
+    away_share = trial.suggest_categorical("away_share", space.away_shares) if may_leave else 1.0
     width = make_selection(policy, parameters).width
     limit = (
         None

@@ -10,7 +10,7 @@ from moeroute.cli.console import ANSWER_IS_NO, Json, Seed, print_json, progress_
 if TYPE_CHECKING:
     from traces.trace import RoutingTrace
     from tuner.placing.answer import Answer
-    from tuner.placing.deployment import Deployment
+    from tuner.placing.serving_setup import ServingSetup
 
 PLACEMENT_FILE, PAGE_FILE = "placement.json", "placement.html"
 _TRACE_OPTIONS = (
@@ -54,7 +54,13 @@ def place(
         float | None, typer.Option(metavar="SHARE", help="Move at most this share of the slots that run now.")
     ] = None,
     gone: Annotated[int | None, typer.Option(metavar="RANK", help="A rank that is lost: place on the others.")] = None,
-    groups: Annotated[int, typer.Option(help="Groups of experts that a model routes to together; kept on a node.")] = 1,
+    groups: Annotated[
+        int | None,
+        typer.Option(
+            help="Groups of experts that a model routes to together, to be kept on nodes; "
+            "if not given, --trace tries both with the model's own."
+        ),
+    ] = None,
     away_share: Annotated[
         float | None,
         typer.Option(help="With --groups: share of redundant slots that may leave the group's node."),
@@ -88,8 +94,12 @@ def place(
         typer.Option(help="Which replica computes a token's pair; an unknown one lists them.", rich_help_panel=_PANEL),
     ] = "even",
     horizon: Annotated[
-        int, typer.Option(help="Steps in which moving weights must pay.", rich_help_panel=_PANEL)
-    ] = 3000,
+        int | None,
+        typer.Option(
+            help="Steps in which moving weights must pay; if not given, as many as vLLM rebalances after.",
+            rich_help_panel=_PANEL,
+        ),
+    ] = None,
     model: Annotated[
         str | None,
         typer.Option(help="Shape of the model of an npz trace, by its preset's name.", rich_help_panel=_PANEL),
@@ -104,8 +114,8 @@ def place(
     """Place experts: balance before and after, what a step gains by it, what must move, and whether it is worth it."""
     from moeroute.cli.place_tables import print_answer
     from traces.errors import InputError
-    from tuner.placing.answer import PlacingRequest
     from tuner.placing.current import read_current
+    from tuner.placing.request import HORIZON_STEPS, PlacingRequest
 
     if (loads is None) == (trace is None):
         raise InputError(f"{'neither' if loads is None else 'both'} of --loads and --trace; give one of them")
@@ -121,10 +131,10 @@ def place(
             algorithm=algorithm,
             groups=groups,
             away_share=away_share,
-            current_LS=None if current is None else read_current(current),
+            current_LS=None if current is None else read_current(current, ranks=ranks),
             budget_share=budget,
             gone=gone,
-            horizon_steps=horizon,
+            horizon_steps=HORIZON_STEPS if horizon is None else horizon,
             seed=seed,
         )
 
@@ -135,10 +145,10 @@ def place(
         answer = place_by_loads(request(1), read_loads(loads))
     else:
         assert trace is not None
-        from tuner.placing.deployment import default_nodes
+        from tuner.placing.serving_setup import default_nodes
         from tuner.placing.trace import place_by_trace
 
-        deployment = _deployment(
+        serving = _serving_setup(
             gpu=gpu,
             costs=tuple(costs.split(",")) if costs else (),
             weights=weights,
@@ -150,7 +160,7 @@ def place(
         )
         asked = request(default_nodes(gpu, ranks))
         with progress_bar("placing") as progress:
-            answer = place_by_trace(asked, _read(trace, model), deployment, progress)
+            answer = place_by_trace(asked, _read(trace, model), serving, progress)
 
     if out is not None:
         _write(out, answer)
@@ -178,19 +188,19 @@ def _is_given(context: typer.Context, name: str) -> bool:
     return source is not None and source.name == "COMMANDLINE"
 
 
-def _deployment(**fields: Any) -> "Deployment":
+def _serving_setup(**fields: Any) -> "ServingSetup":
     """What a trace is simulated on; `InputError` where an option has a value that there is not."""
     from router.replicas import ReplicaChoice
     from sim.lower import Protocol
     from traces.batching import Phase
     from traces.errors import InputError
-    from tuner.placing.deployment import Deployment
+    from tuner.placing.serving_setup import ServingSetup
 
     for name, kind in (("phase", Phase), ("protocol", Protocol), ("replica_choice", ReplicaChoice)):
         known = get_args(kind)
         if fields[name] is not None and fields[name] not in known:
             raise InputError(f"--{name.replace('_', '-')} {fields[name]!r} is not known; use {', '.join(known)}")
-    return Deployment(**fields)
+    return ServingSetup(**fields)
 
 
 def _read(path: Path, model: str | None) -> "RoutingTrace":

@@ -76,8 +76,8 @@ def _sampled(ids_TLK: NDArray[np.integer], seed: int) -> NDArray[np.integer]:
 class _Layer:
     """A layer's S replicas, in the order of their experts.
 
-    `expert_S`, `rank_S` where the balanced placement has them, `load_S` rows; `replica_TK` of each token, -1: none.
-    `most_rows` that a rank may have, and `most_squares` that of all ranks may sum up to.
+    `expert_S`, `rank_S` where the balanced placement has them, `load_S` rows in a unit of their own; `replica_TK` of
+    each token, -1: none. `most_rows` that a rank may have, and `most_squares` that of all ranks may sum up to.
     """
 
     problem: PlacementProblem
@@ -94,7 +94,10 @@ class _Layer:
         order_S = np.argsort(start_S, kind="stable")
         expert_S, rank_S = start_S[order_S], order_S // problem.slots_per_rank
         replicas_E = np.bincount(start_S, minlength=problem.experts)
-        load_S = (problem.even_where_none_LE[layer] / replicas_E)[expert_S]
+        load_E = problem.even_where_none_LE[layer]
+        # In a unit of about the mean, or squares of loads overflow; a power of two, which rounds nothing.
+        load_E = np.ldexp(load_E, -int(np.frexp(load_E.mean())[1]))
+        load_S = (load_E / replicas_E)[expert_S]
         rows_G = np.bincount(rank_S, weights=load_S, minlength=problem.ranks)
         mean, rounded_up = float(rows_G.mean()), 1 + 1e-9
         turn_TK = replicas_in_turn(ids_TK, replicas_E)
@@ -137,7 +140,7 @@ class _Layer:
             token_P=token_P,
             expert_S=expert_S,
             load_S=self.load_S,
-            kept_SG=kept_SG,
+            kept_SG=np.ascontiguousarray(kept_SG),  # one layout: one compilation
         )
         rows_G = np.bincount(rank_S, weights=self.load_S, minlength=problem.ranks).astype(np.float64)
         rows = Rows(

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from router.matching import matched_ranks
+
 
 def follows_SS(one_TK: NDArray[np.int64], next_TK: NDArray[np.int64], replicas: int) -> NDArray[np.int64]:
     """How many tokens have each replica in a layer and each in the next: [S, S]. -1: none."""
@@ -46,26 +48,13 @@ def align(
     """The same sets of replicas on nodes and ranks, renamed so that most pairs of consecutive layers stay: [L, S].
 
     A pair counts 1 on one rank and `node_cost` on one node. Only names relative to the layer before count, so that each
-    pair of layers is a problem of its own: ranks of every pair of nodes are matched, and then nodes by what that keeps.
+    pair of layers is a problem of its own (`router.matching`).
     """
-    from scipy.optimize import linear_sum_assignment  # takes 0.2 s to load
-
     aligned_LS = rank_LS.copy()
-    ranks_per_node = ranks // nodes
     for layer, counts_SS in enumerate(follows, start=1):
         pairs_GG = np.zeros((ranks, ranks))
         np.add.at(pairs_GG, (aligned_LS[layer - 1][:, None], rank_LS[layer][None, :]), counts_SS)
-        pairs_NXNX = pairs_GG.reshape(nodes, ranks_per_node, nodes, ranks_per_node)
-        kept_NN = node_cost * pairs_NXNX.sum(axis=(1, 3))
-        match_NNX = np.empty((nodes, nodes, ranks_per_node), dtype=np.int64)
-        for node in range(nodes):
-            for next_node in range(nodes):
-                pairs_XX = pairs_NXNX[node, :, next_node]
-                rows_X, match_NNX[node, next_node] = linear_sum_assignment(pairs_XX, maximize=True)
-                kept_NN[node, next_node] += pairs_XX[rows_X, match_NNX[node, next_node]].sum()
         new_name_G = np.empty(ranks, dtype=np.int64)
-        for old_name, new_name in zip(*linear_sum_assignment(kept_NN.T, maximize=True), strict=True):
-            renamed_X = old_name * ranks_per_node + match_NNX[new_name, old_name]
-            new_name_G[renamed_X] = new_name * ranks_per_node + np.arange(ranks_per_node)
+        new_name_G[matched_ranks(pairs_GG, nodes, node_cost)] = np.arange(ranks)
         aligned_LS[layer] = new_name_G[rank_LS[layer]]
     return aligned_LS

@@ -136,7 +136,8 @@ def _descend(layer: Any, levels: Any, rows: Any, row_cost: Any, swaps: Any) -> A
     while improved:
         improved = False
         for one in range(layer.expert_S.size):
-            least, best = -_LEAST_GAIN, -1
+            least = -_LEAST_GAIN
+            best: Any = np.int64(-1)  # for a bare -1 `_swap` would be compiled once more
             for other in range(layer.expert_S.size):
                 change = _cost_of_swap(one, other, layer, levels, rows, row_cost)
                 if change < least:

@@ -8,6 +8,8 @@ from numpy.typing import NDArray
 
 from traces.errors import InputError
 
+_ROUNDING = 1e-9  # slots
+
 
 @dataclass(frozen=True, kw_only=True)  # no slots: the replica tables are computed once and kept
 class Placement:
@@ -104,10 +106,21 @@ class Placement:
         return table
 
 
+def slots_in(share: float, slots: int) -> int:
+    """So many whole slots are in `share` of them: 0.29 of 100 are 29, though floats say a little less.
+
+    >>> slots_in(0.29, 100), int(0.29 * 100)
+    (29, 28)
+    """
+    return int(share * slots + _ROUNDING)
+
+
 def check_slots(slots: int, ranks: int, experts: int) -> None:
     """Raise `InputError`, with the numbers and the mend, unless `slots` can hold `experts` on `ranks` ranks."""
     if ranks < 1:
         raise InputError(f"{ranks} ranks; use at least 1")
+    if slots < experts:
+        raise InputError(f"{slots} slots cannot hold {experts} experts; give at least {experts}")
     if ranks > slots:
         raise InputError(
             f"{ranks} ranks but only {slots} expert slots; use at most {slots} ranks or add redundant slots"
@@ -115,5 +128,3 @@ def check_slots(slots: int, ranks: int, experts: int) -> None:
     if slots % ranks:
         more = -slots % ranks
         raise InputError(f"{slots} expert slots do not divide over {ranks} ranks; add {more} redundant slots")
-    if slots < experts:
-        raise InputError(f"{slots} slots cannot hold {experts} experts; give at least {experts}")

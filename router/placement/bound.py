@@ -2,26 +2,28 @@
 
 from collections.abc import Iterator
 from itertools import combinations
-from math import comb
+from math import factorial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from router.balance import balancedness_bound, least_largest_replica_L
+from router.placement import PLACEMENTS
 from router.placement.problem import PlacementProblem
 
-_MOST_SETS = 200  # of groups that can share a node; with more, the bound without groups stands for theirs
+_MOST_SHARINGS = 1000  # ways to share out groups over nodes; with more, the bound without groups stands for theirs
 
 
 def bound_of(problem: PlacementProblem, loads_LE: NDArray[np.float64], algorithm: str) -> float:
-    """The bound of the ranks and slots, or for an algorithm that keeps groups on their nodes, theirs.
+    """The bound of the ranks and slots, or where an algorithm keeps all experts of a group on one node, theirs.
 
     With groups: of all ways to share them out evenly over nodes, the least that the worst node's busiest rank can have.
     That is the node's mean rank load, or the smallest largest replica with one replica a rank of the node.
     """
-    per_node = problem.groups // problem.nodes
-    if algorithm != "hierarchical" or problem.nodes == 1 or comb(problem.groups, per_node) > _MOST_SETS:
+    bound_by_groups = _keeps_all(problem, algorithm) and problem.nodes > 1 and problem.groups % problem.nodes == 0
+    if not bound_by_groups or _sharings_of(problem) > _MOST_SHARINGS:
         return balancedness_bound(loads_LE, problem.ranks, problem.slots)
+    per_node = problem.groups // problem.nodes
     ranks, slots = problem.ranks_per_node, problem.slots // problem.nodes
     loads_LGX = loads_LE.reshape(problem.layers, problem.groups, -1)
     busiest_L = {}
@@ -34,6 +36,19 @@ def bound_of(problem: PlacementProblem, loads_LE: NDArray[np.float64], algorithm
         least_L = np.minimum(least_L, np.max([busiest_L[groups] for groups in sharing], axis=0))
     mean_L = loads_LE.sum(axis=1) / problem.ranks
     return float(np.mean(np.divide(mean_L, least_L, out=np.ones(problem.layers), where=least_L > 0)))
+
+
+def _keeps_all(problem: PlacementProblem, algorithm: str) -> bool:
+    """Whether no replica leaves its group's node. Moves under a budget, which are no algorithm of the registry, may."""
+    known = PLACEMENTS.get(algorithm)
+    return known is not None and known.keeps_groups and not (known.may_leave and problem.away_slots)
+
+
+def _sharings_of(problem: PlacementProblem) -> int:
+    """How many ways there are to share out the groups evenly over the nodes, whichever node is which."""
+    per_node = problem.groups // problem.nodes
+    same = int(factorial(per_node) ** problem.nodes) * factorial(problem.nodes)  # orders of a sharing
+    return factorial(problem.groups) // same
 
 
 def _sharings(groups: tuple[int, ...], per_node: int) -> Iterator[list[tuple[int, ...]]]:

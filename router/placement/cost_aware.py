@@ -47,7 +47,7 @@ def cost_aware(problem: PlacementProblem) -> NDArray[np.int64]:
 
 
 def engines_plan(problem: PlacementProblem) -> NDArray[np.int64]:
-    """EPLB's plan, with replicas of one expert on different ranks."""
+    """EPLB's plan, with replicas of one expert on different ranks, if need be of other nodes than their group's."""
     slots_LS = eplb(problem)
     keep_apart(slots_LS.reshape(problem.layers, problem.ranks, -1), problem.experts)
     return slots_LS

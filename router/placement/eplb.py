@@ -10,6 +10,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from router.placement.bins import lpt_bins
 from router.placement.problem import PlacementProblem
 
 
@@ -38,14 +39,14 @@ def _plan(loads_LE: Any, sizes: tuple[int, int, int], slot_to_expert_LS: Any) ->
     in_group = experts // groups
     for layer in range(layers):
         load_E = loads_LE[layer]
-        group_NX = _pack(load_E.reshape(groups, in_group).sum(axis=1), nodes)
+        group_NX = lpt_bins(load_E.reshape(groups, in_group).sum(axis=1), nodes)
         for node in range(nodes):
             expert_X = np.empty(experts // nodes, dtype=np.int64)
             for place, group in enumerate(group_NX[node]):
                 for member in range(in_group):
                     expert_X[place * in_group + member] = group * in_group + member
             item_S, load_S = _replicate(load_E[expert_X], slots)
-            packed_GS = _pack(load_S, ranks)
+            packed_GS = lpt_bins(load_S, ranks)
             for slot in range(slots):
                 item = packed_GS[slot // (slots // ranks), slot % (slots // ranks)]
                 slot_to_expert_LS[layer, node * slots + slot] = expert_X[item_S[item]]
@@ -62,21 +63,3 @@ def _replicate(load_X: Any, slots: int) -> Any:
         replicas_X[heaviest] += 1
         item_S[slot] = heaviest
     return item_S, (load_X / replicas_X)[item_S]
-
-
-@numba.njit(cache=True)
-def _pack(load_I: Any, bins: int) -> Any:
-    """Longest processing time into bins of equally many items: the items of each bin [bins, items / bins]."""
-    room = load_I.size // bins
-    packed_BX = np.empty((bins, room), dtype=np.int64)
-    held_B = np.zeros(bins, dtype=np.int64)
-    load_B = np.zeros(bins)
-    for item in np.argsort(-load_I, kind="mergesort"):  # stable
-        lightest = -1
-        for candidate in range(bins):
-            if held_B[candidate] < room and (lightest < 0 or load_B[candidate] < load_B[lightest]):
-                lightest = candidate
-        packed_BX[lightest, held_B[lightest]] = item
-        held_B[lightest] += 1
-        load_B[lightest] += load_I[item]
-    return packed_BX

@@ -6,6 +6,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from router.placement.bins import lpt_bins
 from router.placement.pack import TOLERANCE, box_bound, search_box
 from router.placement.problem import PlacementProblem
 from traces.errors import InputError
@@ -66,17 +67,9 @@ def groups_to_nodes(load_E: Any, groups: int, nodes: int, ranks_per_node: int, s
     load_X = np.empty(groups)
     for group in range(groups):
         load_X[group] = load_E[group * size : (group + 1) * size].sum()
-    node_X = np.full(groups, -1, dtype=np.int64)
-    load_N = np.zeros(nodes)
-    count_N = np.zeros(nodes, dtype=np.int64)
-    for group in np.argsort(-load_X, kind="mergesort"):
-        node = -1
-        for other in range(nodes):
-            if count_N[other] < groups // nodes and (node < 0 or load_N[other] < load_N[node]):
-                node = other
-        node_X[group] = node
-        load_N[node] += load_X[group]
-        count_N[node] += 1
+    node_X = np.empty(groups, dtype=np.int64)
+    for node, group_X in enumerate(lpt_bins(load_X, nodes)):
+        node_X[group_X] = node
     bound_N = np.empty(nodes)
     experts_X, sorted_X = np.empty(load_E.size // nodes, dtype=np.int64), np.empty(load_E.size // nodes)
     for node in range(nodes):

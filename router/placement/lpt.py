@@ -17,7 +17,7 @@ def lpt(problem: PlacementProblem) -> NDArray[np.int64]:
     2. Replicas, heaviest first, go to the lightest rank that has room and does not hold the expert yet;
        two replicas of one expert meet only where every rank has one.
     """
-    return np.stack([_pack_layer(load_E, problem.ranks, problem.slots) for load_E in problem.loads_LE])
+    return np.stack([_pack_layer(load_E, problem.ranks, problem.slots) for load_E in problem.even_where_none_LE])
 
 
 def _pack_layer(load_E: NDArray[np.float64], ranks: int, slots: int) -> NDArray[np.int64]:

@@ -9,6 +9,7 @@ from typing import Any
 import numba
 import numpy as np
 
+from router.placement.bins import lpt_bins
 from router.placement.replicate import water_fill
 
 TOLERANCE = 3e-4  # of the best that could be: what is nearer is not worth another swap
@@ -41,8 +42,7 @@ def search_box(load_E: Any, bound: float, held_GP: Any, load_G: Any) -> float:
         largest = _pack_by_lpt(load_E, bound, tried_GP, tried_G)
         if largest < least:
             least = largest
-            held_GP[:] = tried_GP
-            load_G[:] = tried_G
+            _copy(tried_GP, tried_G, held_GP, load_G)
     if spare == 0 or load_E.size < 3:
         return least
     first, second = replicas_E[0], replicas_E[1]
@@ -61,9 +61,17 @@ def search_box(load_E: Any, bound: float, held_GP: Any, load_G: Any) -> float:
                 largest = pack_box(load_E, replicas_E, bound, tried_GP, tried_G)
                 if largest < least:
                     least = largest
-                    held_GP[:] = tried_GP
-                    load_G[:] = tried_G
+                    _copy(tried_GP, tried_G, held_GP, load_G)
     return least
+
+
+@numba.njit(cache=True)
+def _copy(from_GP: Any, from_G: Any, held_GP: Any, load_G: Any) -> None:
+    """What `held_GP[:] = from_GP` is, which numba takes two seconds to compile each time."""
+    for rank in range(from_G.size):
+        load_G[rank] = from_G[rank]
+        for place in range(from_GP.shape[1]):
+            held_GP[rank, place] = from_GP[rank, place]
 
 
 @numba.njit(cache=True)
@@ -82,17 +90,12 @@ def _pack_by_lpt(load_E: Any, bound: float, held_GP: Any, load_G: Any) -> float:
 
     Without redundant slots a heavy rank wants the lightest experts, which rounds deal out evenly.
     """
-    held_GP[:] = -1
-    load_G[:] = 0.0
-    filled_G = np.zeros(load_G.size, dtype=np.int64)
-    for expert in range(load_E.size):
-        rank = -1
-        for other in range(load_G.size):
-            if filled_G[other] < held_GP.shape[1] and (rank < 0 or load_G[other] < load_G[rank]):
-                rank = other
-        held_GP[rank, filled_G[rank]] = expert
-        filled_G[rank] += 1
-        load_G[rank] += load_E[expert]
+    binned_GP = lpt_bins(load_E, load_G.size)
+    for rank in range(load_G.size):
+        load_G[rank] = 0.0
+        for place in range(held_GP.shape[1]):
+            held_GP[rank, place] = binned_GP[rank, place]
+            load_G[rank] += load_E[binned_GP[rank, place]]
     even_out(load_E, np.ones(load_E.size, dtype=np.int64), bound, held_GP, load_G)
     return float(load_G.max())
 
@@ -232,21 +235,14 @@ def separate(held_GP: Any, level_E: Any, load_G: Any) -> None:
     ranks, slots_per_rank = held_GP.shape
     for rank in range(ranks):
         for i in range(slots_per_rank):
-            expert = held_GP[rank, i]
-            for j in range(i):
-                if held_GP[rank, j] == expert:
-                    break
-            else:
-                continue
-            for other in range(ranks):
-                if _holds(held_GP, other, expert):
-                    continue
+            other = _rank_without(held_GP, rank, i)
+            while other >= 0:  # what comes instead may be there twice as well
                 at = _to_give(held_GP, other, rank)
-                given = held_GP[other, at]
+                expert, given = held_GP[rank, i], held_GP[other, at]
                 held_GP[rank, i], held_GP[other, at] = given, expert
                 load_G[rank] += level_E[given] - level_E[expert]
                 load_G[other] += level_E[expert] - level_E[given]
-                break
+                other = _rank_without(held_GP, rank, i)
 
 
 @numba.njit(cache=True)
@@ -254,6 +250,19 @@ def keep_apart(held_LGP: Any, experts: int) -> None:
     """`separate` in every layer, in place, whatever the loads."""
     for held_GP in held_LGP:
         separate(held_GP, np.zeros(experts), np.zeros(held_GP.shape[0]))
+
+
+@numba.njit(cache=True)
+def _rank_without(held_GP: Any, rank: int, at: int) -> int:
+    """A rank without the expert that is at a place, if it is at an earlier place of its rank too; -1: none."""
+    expert = held_GP[rank, at]
+    for before in range(at):
+        if held_GP[rank, before] == expert:
+            for other in range(held_GP.shape[0]):
+                if not _holds(held_GP, other, expert):
+                    return other
+            return -1
+    return -1
 
 
 @numba.njit(cache=True)

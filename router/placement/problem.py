@@ -1,14 +1,17 @@
 """The placement problem: what a placement is planned from, all of it from earlier traffic."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from router.placement.base import check_slots
+from router.placement.base import check_slots, slots_in
 from router.rank_seconds import RankSeconds
 from router.splits import SPLITS
 from traces.errors import InputError
+
+Need = Literal["steps", "tokens", "seconds"]  # what only some algorithms read
 
 
 @dataclass(frozen=True, eq=False, slots=True, kw_only=True)
@@ -24,7 +27,8 @@ class PlacementProblem:
     known. `split`: the name of the split (`router.splits`) by which rows will choose replicas; None: they take turns.
 
     Errors: `InputError` if slots do not hold the experts or divide over ranks, ranks over nodes, experts over groups,
-    if a rank has more slots than there are experts, or if a load is negative or not finite.
+    if a rank has more slots than there are experts, if a load is negative or not finite, or if steps or tokens are none
+    or not of these layers and experts.
     """
 
     loads_LE: NDArray[np.float64]
@@ -57,9 +61,10 @@ class PlacementProblem:
             raise InputError(f"away_share is {self.away_share:g}; it must be 0 to 1")
         if self.split is not None and self.split not in SPLITS:
             raise InputError(f"unknown split {self.split!r}; known are {', '.join(SPLITS)}")
-        for name, traffic in (("steps", self.steps_WLE), ("ids", self.ids_TLK)):
-            if traffic is not None and (traffic.ndim != 3 or traffic.shape[1] != self.layers):
-                raise InputError(f"{name} of shape {traffic.shape} for loads of {self.layers} layers; give as many")
+        if self.steps_WLE is not None:
+            _check_steps(self.steps_WLE, self.layers, self.experts)
+        if self.ids_TLK is not None:
+            _check_ids(self.ids_TLK, self.layers)
 
     @property
     def layers(self) -> int:
@@ -74,7 +79,18 @@ class PlacementProblem:
     @property
     def even_where_none_LE(self) -> NDArray[np.float64]:
         """The loads, with 1 for each expert of a layer that has none."""
-        return np.where(self.loads_LE.any(axis=1, keepdims=True), self.loads_LE, 1.0)
+        even_LE = np.where(self.loads_LE.any(axis=1, keepdims=True), self.loads_LE, 1.0)
+        return np.ascontiguousarray(even_LE)  # one layout: one compilation
+
+    @property
+    def away_slots(self) -> int:
+        """How many slots of a layer may hold experts of other nodes' groups."""
+        return slots_in(self.away_share, self.slots - self.experts)
+
+    def knows(self, need: Need) -> bool:
+        """Whether it has what only some algorithms read."""
+        has: dict[Need, object] = {"steps": self.steps_WLE, "tokens": self.ids_TLK, "seconds": self.seconds}
+        return has[need] is not None
 
     @property
     def slots_per_rank(self) -> int:
@@ -88,7 +104,7 @@ class PlacementProblem:
 
 
 def check_loads(loads_LE: NDArray[np.float64]) -> None:
-    """Raise `InputError` unless loads are [L, E], finite and not negative; it names the first that is not."""
+    """Raise `InputError` unless loads are [L, E], not negative and finite, layers' sums too; it names the first."""
     if loads_LE.ndim != 2 or 0 in loads_LE.shape:
         raise InputError(f"loads of shape {loads_LE.shape}; give one a layer and expert")
     for what, bad_LE in (("not a finite number", ~np.isfinite(loads_LE)), ("negative", loads_LE < 0)):
@@ -98,3 +114,24 @@ def check_loads(loads_LE: NDArray[np.float64]) -> None:
                 f"loads: layer {layer}, expert {expert} has {loads_LE[layer, expert]:g}, which is {what}; "
                 "give counts of 0 or more"
             )
+    with np.errstate(over="ignore"):
+        total_L = loads_LE.sum(axis=1)
+    if not np.isfinite(total_L).all():
+        layer = int(np.argmin(np.isfinite(total_L)))
+        raise InputError(f"loads: layer {layer} sums up to more than a float holds; scale the loads down")
+
+
+def _check_steps(steps_WLE: NDArray[np.integer], layers: int, experts: int) -> None:
+    if steps_WLE.ndim != 3 or steps_WLE.shape[1:] != (layers, experts) or not len(steps_WLE) or steps_WLE.min() < 0:
+        raise InputError(
+            f"steps of shape {steps_WLE.shape} for loads of {layers} layers of {experts} experts; "
+            "give one step or more, with 0 or more rows a layer and expert"
+        )
+
+
+def _check_ids(ids_TLK: NDArray[np.integer], layers: int) -> None:
+    if ids_TLK.ndim != 3 or ids_TLK.shape[1] != layers or 0 in ids_TLK.shape:
+        raise InputError(
+            f"ids of shape {ids_TLK.shape} for loads of {layers} layers; "
+            "give one token or more, with one expert or more a layer"
+        )

@@ -15,7 +15,6 @@ from router.placement.pack import pack_box
 from router.placement.problem import PlacementProblem
 
 _EVEN = 5e-3  # above the mean: what is nearer is not worth a replica on another node
-_ROUNDING = 1e-9  # 0.07 of 100 slots are 7, though floats say a little less
 
 
 def soft_hierarchical(problem: PlacementProblem) -> NDArray[np.int64]:
@@ -31,13 +30,17 @@ def soft_hierarchical(problem: PlacementProblem) -> NDArray[np.int64]:
 
     Errors: `InputError` where groups do not divide over nodes.
     """
-    away = int(problem.away_share * (problem.slots - problem.experts) + _ROUNDING)
-    if away == 0:
+    if problem.away_slots == 0:
         return hierarchical(problem)
     check_groups(problem)
     slot_to_expert_LS = np.empty((problem.layers, problem.slots), dtype=np.int64)
     _fill_layers(
-        problem.even_where_none_LE, problem.groups, problem.ranks_per_node, problem.nodes, away, slot_to_expert_LS
+        problem.even_where_none_LE,
+        problem.groups,
+        problem.ranks_per_node,
+        problem.nodes,
+        problem.away_slots,
+        slot_to_expert_LS,
     )
     return slot_to_expert_LS
 

@@ -168,18 +168,13 @@ def _slopes(table: Any, step: int, active: float, rows: float) -> tuple[float, f
 
 
 @numba.njit(cache=True)
-def _with(layer: _Layer, table: Any, rank: int, lost: tuple[int, int], got: tuple[int, int]) -> float:
-    """A rank's penalty where it exchanges a replica for another; each is (expert, kind), expert -1 for none."""
+def _with(layer: _Layer, table: Any, rank: int, lost: int, got: int) -> float:
+    """A rank's penalty where it exchanges one replica for another."""
     penalty_AR, points_a_row, weight_W = table
     cost = 0.0
     for step in range(weight_W.size):
-        active, rows = layer.active_GW[rank, step], layer.rows_GW[rank, step]
-        if lost[0] >= 0:
-            active -= layer.active_XEW[lost[1], lost[0], step]
-            rows -= layer.rows_XEW[lost[1], lost[0], step]
-        if got[0] >= 0:
-            active += layer.active_XEW[got[1], got[0], step]
-            rows += layer.rows_XEW[got[1], got[0], step]
+        active = layer.active_GW[rank, step] - layer.active_XEW[1, lost, step] + layer.active_XEW[1, got, step]
+        rows = layer.rows_GW[rank, step] - layer.rows_XEW[1, lost, step] + layer.rows_XEW[1, got, step]
         cost += weight_W[step] * _look_up(penalty_AR, points_a_row, active, rows)
     return cost
 
@@ -210,7 +205,7 @@ def _swap_all(layer: _Layer, table: Any) -> None:
     ranks = layer.cost_G.size
     passed_G = np.zeros(ranks, dtype=np.bool_)
     for _ in range(_MOVES_PER_SLOT * layer.held_GP.size):
-        rank = -1
+        rank: Any = np.int64(-1)  # for a bare -1 `_swap` would be compiled once more
         for other in range(ranks):
             if not passed_G[other] and (rank < 0 or layer.cost_G[other] > layer.cost_G[rank]):
                 rank = other
@@ -252,8 +247,8 @@ def _swap(layer: _Layer, table: Any, rank: int) -> int:
         other = move_CX[c, 0]
         given = layer.held_GP[rank, move_CX[c, 1]]
         taken = layer.held_GP[other, move_CX[c, 2]]
-        gain = layer.cost_G[rank] - _with(layer, table, rank, (given, 1), (taken, 1))
-        gain += layer.cost_G[other] - _with(layer, table, other, (taken, 1), (given, 1))
+        gain = layer.cost_G[rank] - _with(layer, table, rank, given, taken)
+        gain += layer.cost_G[other] - _with(layer, table, other, taken, given)
         if gain > best_gain:
             best, best_gain = c, gain
     if best < 0:

@@ -149,6 +149,8 @@ LOADS = ("--loads", "loads.json", "--ranks")
     [
         ((*LOADS, 5, "--slots", 12), "12 expert slots do not divide over 5 ranks; add 3 redundant slots"),
         ((*LOADS, 2, "--slots", 6), "6 slots cannot hold 8 experts; give at least 8"),
+        ((*LOADS, 4, "--slots", 0), "0 slots cannot hold 8 experts; give at least 8"),
+        ((*LOADS, 4, "--budget", 0.1, "--groups", 2), "leave out groups or the budget"),
         ((*LOADS, 4, "--nodes", 3), "4 ranks do not divide over 3 nodes"),
         ((*LOADS, 4, "--groups", 3), "8 experts do not divide into 3 groups"),
         ((*LOADS, 4, "--nodes", 4, "--groups", 2), "2 groups of experts do not divide over 4 nodes"),
@@ -179,6 +181,31 @@ def test_bad_input_is_refused_in_one_line(folder: Path, arguments: tuple[object,
 def test_loads_that_are_none_are_refused(tmp_path: Path, bad: Any) -> None:
     write(tmp_path, "bad.json", bad)
     assert "bad.json" in refused(run("place", "--loads", "bad.json", "--ranks", 1, cwd=tmp_path))
+
+
+def test_counts_whose_sum_is_too_large_are_refused(tmp_path: Path) -> None:
+    write(tmp_path, "huge.json", [[1e308] * 4])
+    line = refused(run("place", "--loads", "huge.json", "--ranks", 1, cwd=tmp_path))
+    assert "huge.json: logical_count: the sum of all counts is not a finite number; give smaller counts" in line
+
+
+def test_steps_without_rows_are_balanced(tmp_path: Path) -> None:
+    write(tmp_path, "none.json", [[[0] * 8] * 2] * 10)
+    found = answered(tmp_path, "--loads", "none.json", "--ranks", 4, "--slots", 12, code=1)
+    assert found["gain"] == 0
+    assert found["verdict"].startswith("not worth it: loads are already balanced")
+
+
+def test_a_seed_is_not_negative(folder: Path) -> None:
+    done = run("place", *LOADS, 4, "--seed", -1, cwd=folder)
+    assert done.exit_code == 2
+    assert "--seed" in done.stderr
+
+
+def test_what_runs_now_is_of_as_many_ranks(folder: Path) -> None:
+    assert run("place", *LOADS, 4, "--slots", 8, "-o", "four", cwd=folder).exit_code == 0
+    line = refused(run("place", *LOADS, 2, "--current", "four/placement.json", cwd=folder))
+    assert "placement.json: of 4 ranks, not 2; give as many ranks, or another placement" in line
 
 
 def test_nothing_heavy_is_loaded_for_loads_alone(folder: Path) -> None:

@@ -1,5 +1,6 @@
 """What every placement algorithm must hold."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,6 @@ SECONDS = RankSeconds(  # 1 s a launch, 2 s an active expert, 0.1 s a row
     seconds_AR=1.0 + np.array([[0.0, 100.0], [200.0, 300.0]]),
     row_s=0.05,
 )
-WITHIN_NODES = {"hierarchical", "soft_hierarchical"}  # replicas may be kept on a node that has no other rank for them
 every_algorithm = pytest.mark.parametrize("algorithm", sorted(PLACEMENTS))
 
 
@@ -79,7 +79,8 @@ def test_replicas_of_one_expert_share_no_rank_unless_they_outnumber_the_ranks(
 ) -> None:
     """Ranks have equally many slots, so r <= G replicas of every expert always fit on different ranks."""
     placement = plan(algorithm, problem)
-    nodes = problem.nodes if algorithm in WITHIN_NODES else 1
+    # Where groups are kept on nodes, a replica may lie on one that has no other rank for it.
+    nodes = problem.nodes if PLACEMENTS[algorithm].keeps_groups else 1
     for expert_S in placement.slot_to_expert_LS:
         for of_node_GP in expert_S.reshape(nodes, problem.ranks // nodes, -1):
             for held_P in of_node_GP:
@@ -95,6 +96,32 @@ def test_the_same_request_gives_the_same_placement(algorithm: str, problem: Plac
     np.testing.assert_array_equal(
         plan(algorithm, problem).slot_to_expert_LS, plan(algorithm, problem).slot_to_expert_LS
     )
+
+
+@every_algorithm
+@settings(max_examples=50, deadline=None)
+@given(problem=problems())
+def test_a_layer_without_load_counts_as_an_even_one(algorithm: str, problem: PlacementProblem) -> None:
+    empty_LE, even_LE = problem.loads_LE.copy(), problem.loads_LE.copy()
+    empty_LE[0], even_LE[0] = 0, 1
+    np.testing.assert_array_equal(
+        *(plan(algorithm, replace(problem, loads_LE=loads_LE)).slot_to_expert_LS for loads_LE in (empty_LE, even_LE))
+    )
+
+
+@pytest.mark.parametrize("algorithm", [name for name in sorted(PLACEMENTS) if PLACEMENTS[name].keeps_groups])
+@settings(max_examples=100, deadline=None)
+@given(problem=problems())
+def test_groups_are_kept_on_nodes_but_for_what_may_leave(algorithm: str, problem: PlacementProblem) -> None:
+    """Each group has a node, and a node equally many groups, so that no more slots than may leave hold others'."""
+    placement = plan(algorithm, problem)
+    away_slots = problem.away_slots if PLACEMENTS[algorithm].may_leave else 0
+    group_LNX = (placement.slot_to_expert_LS // (problem.experts // problem.groups)).reshape(
+        problem.layers, problem.nodes, -1
+    )
+    for group_NX in group_LNX:
+        whole_NX = np.stack([np.bincount(group_X, minlength=problem.groups) for group_X in group_NX])
+        assert whole_NX.sum() - whole_NX.max(axis=0).sum() <= away_slots
 
 
 @every_algorithm

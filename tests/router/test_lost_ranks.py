@@ -45,7 +45,7 @@ def test_too_few_slots_are_refused_with_the_mend() -> None:
 @settings(max_examples=60, deadline=None)
 @given(ranks=st.integers(2, 6), experts=st.integers(1, 12), more=st.integers(0, 2), seed=st.integers(0, 99))
 def test_only_as_many_slots_change_as_experts_were_left_without(ranks: int, experts: int, more: int, seed: int) -> None:
-    size = -(-experts // (ranks - 1)) + more
+    size = min(-(-experts // (ranks - 1)) + more, experts)
     rng = np.random.default_rng(seed)
     loads_LE = rng.integers(0, 9, size=(2, experts))
     placement = place("lpt", loads_LE, ranks=ranks, slots=ranks * size)

@@ -50,7 +50,7 @@ def test_residency_goes_with_the_slots() -> None:
 @settings(max_examples=60, deadline=None)
 @given(ranks=st.integers(1, 4), experts=st.integers(1, 8), more=st.integers(0, 2), seed=st.integers(0, 99))
 def test_no_order_of_ranks_moves_fewer(ranks: int, experts: int, more: int, seed: int) -> None:
-    slots = ranks * (-(-experts // ranks) + more)
+    slots = ranks * min(-(-experts // ranks) + more, experts)
     rng = np.random.default_rng(seed)
     loads_LE = rng.integers(1, 9, size=(2, experts)).astype(float)
     before, after = (place("random", loads_LE, ranks=ranks, slots=slots, seed=int(s)) for s in rng.integers(0, 99, 2))

@@ -16,6 +16,7 @@ from router.splits.choices import pour
 from router.splits.deal import deal
 from router.splits.lp import lp_split
 from router.splits.paths import lower_largest
+from tests.router.placement.shapes import load_shapes
 
 # Rank 0 holds experts 0 and 1, rank 1 holds 0 and 2, rank 2 holds 2 and 3: 0 and 2 have a choice.
 CHAIN = Placement(slot_to_expert_LS=np.array([[0, 1, 0, 2, 2, 3]]), experts=4, ranks=3)
@@ -108,7 +109,7 @@ def test_the_linear_program_splits_rows() -> None:
 @st.composite
 def splittable(draw: st.DrawFn) -> tuple[Any, Placement]:
     ranks, experts = draw(st.integers(1, 5)), draw(st.integers(1, 8))
-    slots_per_rank = draw(st.integers(-(-experts // ranks), experts + 2))
+    slots_per_rank = draw(st.integers(-(-experts // ranks), experts))
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     algorithm = draw(st.sampled_from(["contiguous", "lpt", "random"]))
     placement = place(algorithm, rng.random((1, experts)), ranks=ranks, slots=ranks * slots_per_rank, seed=1)
@@ -157,23 +158,15 @@ def test_no_choice_of_one_replica_each_has_fewer_active_experts(step: tuple[Any,
     assert found <= active_G(in_turn_EX, placement).max()
 
 
-SHAPES = ["lognormal", "pareto", "zipf 0.8", "zipf 1.0", "zipf 1.2"]
+SHAPES = load_shapes(1, 256)
 
 
-def load_shape(shape: str, experts: int, rng: np.random.Generator) -> Any:
-    if shape == "lognormal":
-        return rng.lognormal(0, 1, experts)
-    if shape == "pareto":
-        return 1 + rng.pareto(2, experts)
-    return rng.permutation(np.arange(1, experts + 1) ** -float(shape.split()[1]))
-
-
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", list(SHAPES))
 def test_it_stays_within_one_per_cent_of_the_program(shape: str) -> None:
     """256 experts, 288 slots, 32 ranks, top-8: where a row is more than that, within the row that cannot be split."""
-    rng = np.random.default_rng(0)
-    loads_E = load_shape(shape, 256, rng)
-    placement = place("lpt", loads_E[None], ranks=32, slots=288)
+    rng = np.random.default_rng(1)
+    loads_E = SHAPES[shape][0]
+    placement = place("lpt", SHAPES[shape], ranks=32, slots=288)
     for tokens in (256, 1024, 4096):
         counts_E = rng.multinomial(8 * tokens, loads_E / loads_E.sum())
         largest = rank_loads_G(split("water_filling", counts_E, placement, 0), placement, 0).max()

@@ -75,6 +75,15 @@ def test_a_step_waits_for_the_move_before_it_and_runs_on_what_is_in_place() -> N
     assert (done.total_s, done.moved, done.rebalancings) == (63, 4, 1)
 
 
+def test_a_plan_that_changes_nothing_is_no_rebalancing() -> None:
+    same = placed(*BEFORE.slot_to_expert_LS.tolist())
+    assert same is not BEFORE
+    done, met = run(AtStep(at=2, wanted=same))
+    assert done.rebalancings == 0
+    assert done.stall_s_W.tolist() == [0] * 6
+    assert all(placement is BEFORE for placement in met)
+
+
 def test_layers_can_move_one_a_step() -> None:
     rebalancer = AtStep(at=2, wanted=AFTER)
     done, met = run(rebalancer, layers_per_step=1)

@@ -78,9 +78,9 @@ def test_laws(trace, phase, tokens_per_rank, ranks):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"phase": "prefill", "ranks": 4}, r"the trace's 3 requests leave one with 0: use fewer ranks"),
+        ({"phase": "prefill", "ranks": 4}, r"the 3 requests leave one with 0: use fewer ranks"),
         ({"phase": "prefill", "tokens_per_rank": 3}, r"3 requests leave one with 2"),
-        ({"phase": "decode", "tokens_per_rank": 6}, r"need 12 streams .* the trace has 10: use fewer ranks"),
+        ({"phase": "decode", "tokens_per_rank": 6}, r"need 12 streams .* there are 10: use fewer ranks"),
         ({"phase": "decode", "ranks": 0}, r"ranks is 0"),
         ({"phase": "decode", "tokens_per_rank": 0}, r"tokens_per_rank is 0"),
         ({"phase": "decode", "limit": 0}, r"limit is 0"),

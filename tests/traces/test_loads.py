@@ -41,8 +41,8 @@ def test_what_is_left_out_is_said(write: Any) -> None:
     assert loads.steps_WLE is not None
     assert loads.steps_WLE.tolist() == [[[1, 2]]]
     assert loads.skipped == (
-        "key 'rank': not a count of logical experts",
-        "2 of 3 steps: no row in any layer",
+        "left out: key 'rank', which is no count of logical experts",
+        "left out: 2 of 3 steps, which have no row in any layer",
     )
 
 
@@ -50,7 +50,7 @@ def test_averages_are_no_steps(write: Any) -> None:
     loads = read_loads(write({"logical_count": [[[0.5, 1]], [[1, 2]]]}))
     assert loads.loads_LE.tolist() == [[1.5, 3]]
     assert loads.steps_WLE is None
-    assert loads.skipped == ("single steps: their counts are no whole rows, so that only the sum is used",)
+    assert loads.skipped == ("left out: single steps, whose counts are no whole rows, so that only the sum is used",)
 
 
 @pytest.mark.parametrize("counts", [[[0, 0], [1, 2]], [[0, 0], [0, 0]], [[[0, 0], [0, 0]]]])

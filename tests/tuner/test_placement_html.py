@@ -14,9 +14,10 @@ from traces.presets import preset
 from traces.progress import quiet
 from traces.synthetic import synthetic_trace
 from tuner.placement_html import write_placement_html
-from tuner.placing.answer import Answer, PlacingRequest
-from tuner.placing.deployment import Deployment
+from tuner.placing.answer import Answer
 from tuner.placing.loads import place_by_loads
+from tuner.placing.request import PlacingRequest
+from tuner.placing.serving_setup import ServingSetup
 from tuner.placing.trace import place_by_trace
 
 HOSTILE = "<script>alert('&')</script>"
@@ -27,7 +28,7 @@ def of_trace() -> Answer:
     model = replace(preset("mixtral-8x7b"), layers=2)
     trace = synthetic_trace(model, tokens=1280, zipf=1.0, seed=3, tokens_per_request=64, phase="decode")
     request = PlacingRequest(ranks=4, slots=12, algorithm="balanced")
-    return place_by_trace(request, trace, Deployment(costs=("datasheet",), tokens_per_rank=8), quiet)
+    return place_by_trace(request, trace, ServingSetup(costs=("datasheet",), tokens_per_rank=8), quiet)
 
 
 @pytest.fixture(scope="module")
@@ -52,13 +53,27 @@ def test_a_page_has_the_verdict_and_every_section(tmp_path: Path, of_trace: Answ
     assert f'<p class="verdict {"yes" if of_trace.worth_it else "no"}">{verdict}.</p>' in unescape(text)
     for name in ("falling", "loads"):
         assert f'id="plot-{name}"' in text
-    for shown in ("Step (ms)", "MB inside nodes, a step", "balanced <small>chosen</small>", "random"):
+    for shown in (
+        "Step (ms)",
+        "MB inside nodes, a step",
+        "Active experts of the busiest rank",
+        "of it waiting, the mean rank (ms)",
+        "4 ranks on 1 node. Now: contiguous",
+        "balanced <small>chosen</small>",
+        "random",
+    ):
         assert shown in text
+
+
+def test_one_node_sends_nothing_between_nodes(tmp_path: Path, of_trace: Answer) -> None:
+    assert "MB between nodes" not in page(tmp_path, of_trace)
 
 
 def test_loads_alone_show_no_steps(tmp_path: Path, of_loads: Answer) -> None:
     text = page(tmp_path, of_loads)
     assert "Step (ms)" not in text
+    assert "what counts is how high a line starts" in text
+    assert "Loads: by hand." in text
     assert "Layer 1 has no load: placed as if every expert had the same." in text
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ from router.nn.expert_parallel import check_runnable
 from router.parameters import parameters_of
 from router.policies import ADJUSTMENTS, CAPACITIES, POLICIES, SELECTIONS
 from traces.errors import InputError
+from traces.presets import preset
+from traces.synthetic import synthetic_trace
+from traces.trace import RoutingTrace
 from tuner.replays import Replays
 from tuner.scenario import Config, Space, parse_scenario
 from tuner.space import RandomSuggestions, Values, suggest_config
@@ -283,6 +287,103 @@ def test_groups_that_cannot_be_are_refused(written: dict[str, Any], message: str
 def test_a_written_range_of_groups_gives_those_that_divide_the_experts() -> None:
     space = fitted({"policies": ["group_limited"], "ranges": {"group_limited.groups": [2, 6]}}, candidates=8)
     assert {config.parameters["groups"] for config in configs(space)} == {2, 4}
+
+
+def test_only_slots_that_may_leave_their_node_are_asked_how_many_may() -> None:
+    placements = ["hierarchical", "soft_hierarchical"]
+    space = Space(policies=["top_k"], **NOTHING_ELSE, placements=placements, away_shares=[0.25, 0.5])
+    drawn = {(config.placement.algorithm, config.placement.away_share) for config in configs(space)}
+    assert drawn == {("hierarchical", 1.0), ("soft_hierarchical", 0.25), ("soft_hierarchical", 0.5)}
+
+
+def test_a_capacity_that_pads_gets_replicas_that_need_no_counts() -> None:
+    space = Space(
+        policies=["top_k"],
+        adjustments=["none"],
+        capacities=["none", "capacity"],
+        ranges={"capacity.pad": {"values": [True, False]}},
+        redundant_slots=[4],
+        replica_choices=["fewest_active"],
+    )
+    drawn = {
+        (config.capacity is not None and config.capacity.part().pad, config.placement.replica_choice)
+        for config in configs(space)
+    }
+    assert drawn == {(True, "even"), (False, "fewest_active")}
+
+
+@pytest.mark.parametrize(("slots", "pad", "refused"), [(4, True, True), (4, False, False), (0, True, False)])
+def test_a_config_whose_replicas_need_counts_cannot_pad(slots: int, pad: bool, refused: bool) -> None:
+    document = {
+        "policy": "top_k",
+        "parameters": {"k": 2},
+        "capacity": {"factor": 1.25, "pad": pad},
+        "placement": {"redundant_slots": slots, "replica_choice": "fewest_active"},
+    }
+    if refused:
+        with pytest.raises(ValueError, match="replica_choice fewest_active needs the counts of all ranks"):
+            Config.model_validate(document)
+    else:
+        assert Config.model_validate(document).placement.redundant_slots == slots
+
+
+def placements_of(trace: RoutingTrace, placements: list[str] | None = None, *, tokens_per_rank: int = 16) -> list[str]:
+    """The placements of the space of a scenario with this trace on two nodes."""
+    document = scenario_document(
+        cluster={"device": "h100_sxm", "ranks": 16},
+        batch={"phase": "prefill", "tokens_per_rank": tokens_per_rank, "steps": 1},
+        config={"policy": "top_k", "parameters": {"k": 2}, "placement": {"redundant_slots": 8}},
+        study={"space": {} if placements is None else {"placements": placements}},
+        windows={"plan": 1, "tune": 4, "validate": 4},
+        sampled_layers=1,
+        fidelity="analytic",
+    )
+    return Replays.of(parse_scenario(document, source="a test"), trace).scenario.study.space.placements
+
+
+def mixtral(**changes: Any) -> RoutingTrace:
+    """9216 tokens of a layer of Mixtral's, in 144 requests."""
+    model = replace(preset("mixtral-8x7b"), layers=1, **changes)
+    return synthetic_trace(model, tokens=9216, zipf=0.5, seed=0, tokens_per_request=64)
+
+
+@pytest.mark.parametrize(
+    ("model", "tokens_per_rank", "name", "message"),
+    [
+        ({"expert_groups": 1}, 16, "hierarchical", "packs groups of experts on nodes, and mixtral-8x7b has 1 for 2"),
+        ({"null_experts": 1, "null_kind": "zero"}, 16, "affinity", "some are null in mixtral-8x7b"),
+        ({}, 128, "active_aware", "is planned on steps of the plan window: "),
+    ],
+    ids=["groups", "null experts", "no steps"],
+)
+def test_a_placement_that_lacks_something_is_refused(
+    model: dict[str, Any], tokens_per_rank: int, name: str, message: str
+) -> None:
+    """And left out where nobody wrote it. The plan window has 1024 tokens; 16 ranks of 128 need twice as many."""
+    trace = mixtral(**model)
+    with pytest.raises(InputError) as refused:
+        placements_of(trace, [name], tokens_per_rank=tokens_per_rank)
+    assert str(refused.value).startswith(f"study.space.placements: {name} ")
+    assert message in str(refused.value)
+    assert name not in placements_of(trace, tokens_per_rank=tokens_per_rank)
+
+
+def test_a_placement_that_has_what_it_needs_is_kept() -> None:
+    asked = ["hierarchical", "affinity", "active_aware"]
+    assert placements_of(mixtral(expert_groups=4), asked) == asked
+    assert {"affinity", "active_aware"} <= {*placements_of(mixtral())}
+
+
+def test_groups_of_the_model_are_kept_on_nodes() -> None:
+    placement = {"algorithm": "hierarchical", "redundant_slots": 8}
+    document = scenario_document(
+        cluster={"device": "h100_sxm", "ranks": 16},
+        config={"policy": "top_k", "parameters": {"k": 2}, "placement": placement},
+    )
+    replays = Replays.of(parse_scenario(document, source="a test"), mixtral(expert_groups=4))
+    for expert_S in replays.placement(replays.scenario.config).slot_to_expert_LS:
+        first, second = (set((half // 2).tolist()) for half in expert_S.reshape(2, -1))
+        assert (len(first), len(second), first & second) == (2, 2, set())
 
 
 def test_completed_candidates_serve_more(tmp_path: Path) -> None:

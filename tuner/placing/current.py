@@ -14,18 +14,22 @@ from traces.errors import InputError
 _KEYS = ("slot_to_expert", "physical_to_logical_map")
 _FORM = f'{{"{_KEYS[0]}": [layers][slots]}} or {{"{_KEYS[1]}": [layers][slots]}}'
 
+_MOST = np.iinfo(np.int64).max
 
-def read_current(path: Path) -> NDArray[np.int64]:
-    """The expert of each slot [L, S]; `InputError`, in one line, for a file that has none."""
+
+def read_current(path: Path, *, ranks: int) -> NDArray[np.int64]:
+    """The expert of each slot [L, S]; `InputError`, in one line, for a file that has none, or says other `ranks`."""
     try:
         document = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise InputError(f"{path}: no such placement; give JSON of {_FORM}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not a JSON file ({error}); give {_FORM}") from error
     found = [key for key in _KEYS if isinstance(document, dict) and key in document]
     if len(found) != 1:
         raise InputError(f"{path}: {'both' if found else 'no'} {' and '.join(_KEYS)}; give {_FORM}")
+    if document.get("ranks", ranks) != ranks:
+        raise InputError(f"{path}: of {document['ranks']} ranks, not {ranks}; give as many ranks, or another placement")
     return _table(path, found[0], document[found[0]])
 
 
@@ -38,7 +42,7 @@ def _table(path: Path, key: str, rows: Any) -> NDArray[np.int64]:
                 f"{path}: {key}: layer {layer} has {len(row)} slots, layer 0 has {len(rows[0])}; give as many to each"
             )
         for slot, expert in enumerate(row):
-            if type(expert) is not int or expert < 0:
+            if type(expert) is not int or not 0 <= expert <= _MOST:
                 raise InputError(
                     f"{path}: {key}: layer {layer}, slot {slot} is {expert!r}; give an expert's number, from 0"
                 )

@@ -3,16 +3,17 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from router.balance import active_by_rank_WLG, balancedness, rank_loads_LG
+from router.balance import active_bound, active_by_rank_WLG, balancedness, rank_loads_LG
 from router.placement import plan
 from router.placement.base import Placement
 from router.placement.bound import bound_of
 from traces.loads import Loads
-from tuner.placing.active import active_bound
-from tuner.placing.answer import Answer, Balance, Candidate, PlacingRequest, Three, token_balance
+from tuner.placing.answer import Answer, Balance, Candidate, Three, token_balance
 from tuner.placing.gain import Gain, gain_of
-from tuner.placing.plan import Plan, about_the_gone, best_by_tokens, plans_of, problem_of, running_now, without_load
-from tuner.placing.verdict import verdict_by_balance
+from tuner.placing.notes import facts_on, notes_on
+from tuner.placing.plan import Plan, best_by_tokens, plans_of, problem_of, running_now
+from tuner.placing.request import PlacingRequest
+from tuner.placing.verdict import limit_of, verdict_by_balance
 
 _COMPARED = ("contiguous", "random", "eplb")
 _PLAN_SHARE = 0.6  # of the steps, where single ones are known; the rest is later traffic to judge the plan on
@@ -25,7 +26,7 @@ def place_by_loads(request: PlacingRequest, loads: Loads) -> Answer:
 
     Errors: `InputError` where slots, ranks, groups or the algorithm do not go with the loads.
     """
-    notes = [*loads.skipped, *about_the_gone(request), *without_load(loads.loads_LE)]
+    notes = [*loads.skipped]
     planned_LE, later_WLE = loads.loads_LE, None
     planned_WLE = loads.steps_WLE
     if loads.steps_WLE is not None and len(loads.steps_WLE) >= _FEWEST_STEPS:
@@ -41,19 +42,21 @@ def place_by_loads(request: PlacingRequest, loads: Loads) -> Answer:
 
     before = running_now(request, planned_LE)
     problem = problem_of(request, planned_LE, steps_WLE=planned_WLE)
+    notes += notes_on(request, problem)
     chosen_name = best_by_tokens(request, problem)
     names = dict.fromkeys((*_COMPARED, chosen_name))
     plans = plans_of(request, problem, before, list(names))
     candidates = [_scored(made, judged_LE, later_WLE) for made in plans]
-    chosen = next(candidate for candidate in candidates if candidate.algorithm == chosen_name)
-    placements = Three(before=before, after=chosen.placement, random=plan("random", problem))
+    chosen = next(candidate for candidate in candidates if candidate.plan.algorithm == chosen_name)
+    placements = Three(before=before, after=chosen.plan.placement, random=plan("random", problem))
     tokens, planned = (
-        token_balance(placements, loads_LE, bound_of(problem, loads_LE, chosen.algorithm))
+        token_balance(placements, loads_LE, bound_of(problem, loads_LE, chosen.plan.algorithm))
         for loads_LE in (judged_LE, planned_LE)
     )
-    gain = None if later_WLE is None else _gain(before, chosen.placement, later_WLE, request.seed)
-    rank_loads = (rank_loads_LG(before, judged_LE), rank_loads_LG(chosen.placement, judged_LE))
-    verdict = verdict_by_balance(tokens, planned, rank_loads, gain)
+    gain = None if later_WLE is None else _gain(before, chosen.plan.placement, later_WLE, request.seed)
+    rank_loads = (rank_loads_LG(before, judged_LE), rank_loads_LG(chosen.plan.placement, judged_LE))
+    limit = limit_of(problem, judged_LE, tokens.upper_bound)
+    verdict = verdict_by_balance(tokens, planned, rank_loads, gain, limit=limit, moved_share=chosen.plan.moved_share)
     return Answer(
         chosen=chosen,
         before=before,
@@ -67,19 +70,17 @@ def place_by_loads(request: PlacingRequest, loads: Loads) -> Answer:
         candidates=candidates,
         worth_it=verdict.worth_it,
         verdict=verdict.words,
+        facts=(f"Loads: {loads.source}.", facts_on(request, problem)),
         notes=notes,
+        gone=request.gone,
     )
 
 
 def _scored(made: Plan, judged_LE: NDArray[np.float64], later_WLE: NDArray[np.int64] | None) -> Candidate:
-    placement = made.placement
     return Candidate(
-        algorithm=made.algorithm,
-        placement=placement,
-        plan_s=made.plan_s,
-        moved_share=made.moved_share,
-        tokens=balancedness(rank_loads_LG(placement, judged_LE)),
-        active=None if later_WLE is None else balancedness(active_by_rank_WLG(placement, later_WLE)),
+        plan=made,
+        tokens=balancedness(rank_loads_LG(made.placement, judged_LE)),
+        active=None if later_WLE is None else balancedness(active_by_rank_WLG(made.placement, later_WLE)),
     )
 
 

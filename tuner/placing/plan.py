@@ -12,19 +12,17 @@ from numpy.typing import NDArray
 from router.balance import moved_share
 from router.lost_ranks import without_rank
 from router.moves import improve
-from router.placement import BY_GROUPS, PLACEMENTS, plan
-from router.placement.base import Placement
+from router.placement import PLACEMENTS, plan
+from router.placement.base import Placement, slots_in
 from router.placement.problem import PlacementProblem
 from router.relabel import relabel
 from traces.errors import InputError
 from traces.progress import Progress, quiet
-from tuner.placing.answer import BEST, MOVES, PlacingRequest
 from tuner.placing.current import placement_of
+from tuner.placing.request import BEST, MOVES, PlacingRequest
 
 T = TypeVar("T")
 
-# Where the number of a rank says something: what stays in place, and what keeps tokens on a node from layer to layer.
-_NUMBERED = (MOVES, "contiguous", "affinity")
 BASELINES = ("contiguous", "random")
 _TIMED, _TIMED_S = 5, 0.2  # so often, or until it took so long
 
@@ -40,12 +38,24 @@ class Plan:
 
 
 def problem_of(
-    request: PlacingRequest, loads_LE: NDArray[np.float64], steps_WLE: NDArray[np.integer] | None = None
+    request: PlacingRequest,
+    loads_LE: NDArray[np.float64],
+    *,
+    steps_WLE: NDArray[np.integer] | None = None,
+    model_groups: int = 1,
 ) -> PlacementProblem:
     """The request with its loads, on the ranks that are left: without a rank, nodes are uneven and count as one.
 
-    Errors: `InputError` as `PlacementProblem`.
+    Where no groups are asked for, they are the model's, and any redundant slot may leave its group's node.
+
+    Errors: `InputError` as `PlacementProblem`, and for slots that may leave groups that there are not.
     """
+    groups = model_groups if request.groups is None else request.groups
+    away_share = request.away_share
+    if away_share is None:
+        away_share = 0.0 if request.asks_for_groups else 1.0
+    elif groups == 1:
+        raise InputError(f"an away_share of {away_share:g} is of slots that leave their group's node; give groups too")
     ranks, nodes, slots = request.ranks, request.nodes, request.slots_for(loads_LE.shape[1])
     if request.gone is not None:
         ranks, nodes, slots = ranks - 1, 1, slots - slots // ranks
@@ -54,8 +64,8 @@ def problem_of(
         ranks=ranks,
         slots=slots,
         nodes=nodes,
-        groups=request.groups,
-        away_share=request.away_share or 0.0,
+        groups=groups,
+        away_share=away_share,
         seed=request.seed,
         steps_WLE=steps_WLE,
     )
@@ -95,7 +105,7 @@ def plans_of(
     for place, algorithm in enumerate(algorithms):
         progress(place / len(algorithms), f"planning: {algorithm}")
         placement, plan_s = _timed(algorithm, request, problem, before)
-        if algorithm not in _NUMBERED:
+        if algorithm != MOVES and not PLACEMENTS[algorithm].numbered:
             placement = relabel(before, placement, nodes=problem.nodes)
         made.append(
             Plan(
@@ -109,22 +119,26 @@ def plans_of(
 
 
 def servable(request: PlacingRequest, problem: PlacementProblem) -> list[str]:
-    """The algorithms to choose from: the one asked for, or moves under the budget, or all that what is known serves."""
+    """The algorithms to choose from: the one asked for, or moves under the budget, or all that what is known serves.
+
+    Groups that were asked for are kept on nodes; those that the model has may be, if they divide over nodes.
+    """
     if request.budget_share is not None:
         return [MOVES]
     if request.algorithm != BEST:
         return [request.algorithm]
-    known = {
-        "steps": problem.steps_WLE is not None,
-        "tokens": problem.ids_TLK is not None,
-        "seconds": problem.seconds is not None,
-    }
+    by_groups = _by_groups(problem)
+    on_nodes = problem.groups > 1 and problem.nodes > 1
+    if on_nodes and request.asks_for_groups:
+        return by_groups
+    if not on_nodes or problem.groups % problem.nodes:
+        by_groups = []
     return [
         name
         for name, algorithm in PLACEMENTS.items()
-        if all(known[need] for need in algorithm.needs)
+        if all(problem.knows(need) for need in algorithm.needs)
         and name != "random"
-        and (name not in BY_GROUPS or problem.groups > 1)
+        and (not algorithm.keeps_groups or name in by_groups)
     ]
 
 
@@ -136,7 +150,16 @@ def best_by_tokens(request: PlacingRequest, problem: PlacementProblem) -> str:
         return request.algorithm
     if problem.groups == 1 or problem.nodes == 1:
         return "balanced"
-    return "hierarchical" if request.away_share is None else "soft_hierarchical"
+    return "soft_hierarchical" if problem.away_slots else "hierarchical"
+
+
+def _by_groups(problem: PlacementProblem) -> list[str]:
+    """The algorithms that keep groups on nodes, but for those that plan as others do where no slot may leave."""
+    return [
+        name
+        for name, algorithm in PLACEMENTS.items()
+        if algorithm.keeps_groups and (problem.away_slots or not algorithm.may_leave)
+    ]
 
 
 def _timed(
@@ -155,9 +178,14 @@ def _timed(
 
 def _timed_moves(request: PlacingRequest, problem: PlacementProblem, before: Placement) -> tuple[Placement, float]:
     assert request.budget_share is not None
-    moves = int(request.budget_share * before.slot_to_expert_LS.size)
-    improve(before.take(np.zeros(1, dtype=np.int64)), problem.loads_LE[:1], moves=moves)
-    return _median_s(lambda: improve(before, problem.loads_LE, moves=moves))
+    slots = before.slot_to_expert_LS.size
+    fills = slots_in(request.budget_share, slots)
+    if fills == 0:
+        raise InputError(
+            f"a budget of {request.budget_share:g} of {slots} slots moves none; give more: one slot is {1 / slots:.2g}"
+        )
+    improve(before.take(np.zeros(1, dtype=np.int64)), problem.loads_LE[:1], fills=fills)
+    return _median_s(lambda: improve(before, problem.loads_LE, fills=fills))
 
 
 def _median_s(planned: Callable[[], T]) -> tuple[T, float]:
@@ -178,21 +206,3 @@ def _first_layer(problem: PlacementProblem) -> PlacementProblem:
     return replace(
         problem, loads_LE=problem.loads_LE[:1], steps_WLE=first(problem.steps_WLE), ids_TLK=first(problem.ids_TLK)
     )
-
-
-def about_the_gone(request: PlacingRequest) -> list[str]:
-    """What a rank that is gone means for the question."""
-    if request.gone is None:
-        return []
-    now = "what runs now is what is left, with the experts that only it held put back in place of replicas"
-    uneven = "; nodes are uneven without it, so plans take all ranks for neighbours" if request.nodes > 1 else ""
-    return [f"rank {request.gone} is gone: {now}{uneven}"]
-
-
-def without_load(loads_LE: NDArray[np.float64]) -> list[str]:
-    """A line that names the layers without any load, which are placed as if all experts had the same."""
-    empty = np.flatnonzero(loads_LE.sum(axis=1) == 0).tolist()
-    if not empty:
-        return []
-    which = f"layer {empty[0]} has" if len(empty) == 1 else f"layers {', '.join(map(str, empty))} have"
-    return [f"{which} no load: placed as if every expert had the same"]

@@ -21,7 +21,7 @@ from sim.replay import Replay
 from sim.report import Report
 from traces.errors import InputError
 from traces.trace import RoutingTrace
-from tuner.placing.deployment import Deployment
+from tuner.placing.serving_setup import ServingSetup
 from tuner.placing.windows import Window
 
 
@@ -50,8 +50,8 @@ class Scored:
 
     @property
     def parts_s(self) -> dict[str, float]:
-        """Seconds of a step by part, the mean rank's."""
-        return _mean_of([report.breakdown_s for report in self.reports])
+        """Seconds of a step by part, the mean rank's, and of waiting: what other ranks take longer."""
+        return _mean_of([{**report.breakdown_s, "waiting": report.waiting_s} for report in self.reports])
 
     @property
     def bytes_by_tier(self) -> dict[str, float]:
@@ -72,7 +72,7 @@ class Stand:
     replica_choice: ReplicaChoice
 
     @classmethod
-    def of(cls, windows: Sequence[Window], deployment: Deployment, cluster: Cluster, costs: CostModel) -> Self:
+    def of(cls, windows: Sequence[Window], serving: ServingSetup, cluster: Cluster, costs: CostModel) -> Self:
         """The windows on a cluster."""
         model = windows[0].trace.model
         replays = [
@@ -81,14 +81,14 @@ class Stand:
                 steps=window.steps,
                 cluster=cluster,
                 costs=costs,
-                phase=deployment.phase,
-                protocol=deployment.sends,
-                kv_tokens_per_rank=deployment.kv_tokens_per_rank,
+                phase=serving.phase,
+                protocol=serving.sends,
+                kv_tokens_per_rank=serving.kv_tokens_per_rank,
                 execution=Execution(extent="whole" if model.attention else "moe"),
             )
             for window in windows
         ]
-        return cls(replays=replays, replica_choice=deployment.replica_choice)
+        return cls(replays=replays, replica_choice=serving.replica_choice)
 
     def score(self, placement: Placement) -> Scored:
         """Simulate all steps in closed form."""
@@ -102,25 +102,25 @@ class Stand:
 
 
 def costs_for(
-    window: Window, deployment: Deployment, cluster: Cluster, placement: Placement
+    window: Window, serving: ServingSetup, cluster: Cluster, placement: Placement
 ) -> tuple[CostModel, list[str]]:
-    """The deployment's cost model, and what there is to say of it.
+    """The serving's cost model, and what there is to say of it.
 
     Where nobody asked for measured kernels and none of the GPU run the model as it is, the datasheet prices it: that is
     found out with one step. Errors: `InputError` where the kernels that were asked for do not.
     """
-    costs = deployment.cost_model(cluster)
+    costs = serving.cost_model(cluster)
     if isinstance(costs, Roofline):
-        asked = bool(deployment.costs)
-        return costs, [] if asked else [f"no measured kernels of {deployment.gpu}: priced by its datasheet"]
+        asked = bool(serving.costs)
+        return costs, [] if asked else [f"no measured kernels of {serving.gpu}: priced by its datasheet"]
     one_step = replace(window, steps=window.steps[:1])
     try:
-        Stand.of([one_step], deployment, cluster, costs).score(placement)
+        Stand.of([one_step], serving, cluster, costs).score(placement)
     except InputError as error:
-        if deployment.costs:
+        if serving.costs:
             raise InputError(f"{error}; give other costs or other weights") from error
         why = f"priced by the datasheet, since no measured kernels run the model as it is ({error})"
-        return Roofline(cluster), [f"{why}; in another format of weights some may"]
+        return Roofline(cluster), [f"{why}; with other --weights, say bfloat16, some may"]
     return costs, []
 
 

@@ -4,25 +4,25 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from router.balance import balancedness, rank_loads_LG
+from router.balance import active_bound, balancedness, fewest_active_on_busiest_WL, rank_loads_LG
 from router.placement.base import Placement
 from router.placement.bound import bound_of
 from sim.rebalancing import migration_s
 from traces.progress import Progress
 from traces.trace import RoutingTrace
-from tuner.placing.active import active_bound, fewest_on_busiest_WL
-from tuner.placing.answer import Answer, Balance, Candidate, PlacingRequest, Steps, Three, token_balance
-from tuner.placing.deployment import Deployment
+from tuner.placing.answer import Answer, Balance, Candidate, Steps, Three, token_balance
 from tuner.placing.gain import gain_of
 from tuner.placing.plan import BASELINES, plans_of, servable
+from tuner.placing.request import PlacingRequest
+from tuner.placing.serving_setup import ServingSetup
 from tuner.placing.setting import Setting
 from tuner.placing.steps import Scored
-from tuner.placing.verdict import verdict_by_steps
+from tuner.placing.verdict import limit_of, verdict_by_steps
 
 _PLANNED, _CHOSEN = 0.6, 0.8  # shares of the progress when plans are made, and when one is chosen
 
 
-def place_by_trace(request: PlacingRequest, trace: RoutingTrace, deployment: Deployment, progress: Progress) -> Answer:
+def place_by_trace(request: PlacingRequest, trace: RoutingTrace, serving: ServingSetup, progress: Progress) -> Answer:
     """The plan that a choice on later requests prefers, judged by requests that neither has seen.
 
     1. Requests are cut, in order: plan, choose, and several held-out windows.
@@ -32,14 +32,14 @@ def place_by_trace(request: PlacingRequest, trace: RoutingTrace, deployment: Dep
 
     Errors: `InputError` where the trace is too short, or something does not fit together.
     """
-    setting = Setting.of(request, trace, deployment)
+    setting = Setting.of(request, trace, serving)
     to_choose_from = servable(request, setting.problem)
     candidates = _candidates(setting, list(dict.fromkeys((*BASELINES, *to_choose_from))), progress)
-    chosen = min((c for c in candidates if c.algorithm in to_choose_from), key=_step_s)
-    random = next(candidate for candidate in candidates if candidate.algorithm == "random")
-    placements = Three(before=setting.before, after=chosen.placement, random=random.placement)
+    chosen = min((c for c in candidates if c.plan.algorithm in to_choose_from), key=_step_s)
+    random = next(candidate for candidate in candidates if candidate.plan.algorithm == "random")
+    placements = Three(before=setting.before, after=chosen.plan.placement, random=random.plan.placement)
     simulated = _on_held_out(setting, placements, progress)
-    return _judged(setting, candidates, chosen, placements, simulated)
+    return _judged(setting, candidates, chosen, placements, simulated, choices=len(to_choose_from))
 
 
 def _candidates(setting: Setting, algorithms: Sequence[str], progress: Progress) -> list[Candidate]:
@@ -59,10 +59,7 @@ def _candidates(setting: Setting, algorithms: Sequence[str], progress: Progress)
         scored = stand.score(made.placement)
         candidates.append(
             Candidate(
-                algorithm=made.algorithm,
-                placement=made.placement,
-                plan_s=made.plan_s,
-                moved_share=made.moved_share,
+                plan=made,
                 tokens=balancedness(rank_loads_LG(made.placement, loads_LE)),
                 active=balancedness(scored.active_WLG),
                 step_s=scored.step_s,
@@ -91,13 +88,15 @@ def _judged(
     chosen: Candidate,
     placements: Three[Placement],
     simulated: Three[Scored],
+    *,
+    choices: int,
 ) -> Answer:
     request, problem = setting.request, setting.problem
     before, after, random = simulated
     rows_WLE = np.concatenate([window.rows_WLE() for window in setting.windows.held_out])
     judged_LE = rows_WLE.sum(axis=0).astype(np.float64)
     tokens, planned = (
-        token_balance(placements, loads_LE, bound_of(problem, loads_LE, chosen.algorithm))
+        token_balance(placements, loads_LE, bound_of(problem, loads_LE, chosen.plan.algorithm))
         for loads_LE in (judged_LE, problem.loads_LE)
     )
     gain = gain_of(before.step_s_XW, after.step_s_XW, seed=request.seed)
@@ -112,26 +111,33 @@ def _judged(
         busiest_active=(
             float(before.active_WLG.max(axis=2).mean()),
             float(after.active_WLG.max(axis=2).mean()),
-            float(fewest_on_busiest_WL(rows_WLE, problem.ranks).mean()),
+            float(fewest_active_on_busiest_WL(rows_WLE, problem.ranks).mean()),
         ),
+        memory=after.memory,
         costs=setting.costs.name,
-        facts=setting.facts,
     )
     verdict = verdict_by_steps(
-        tokens, planned, gain, steps, moved_share=chosen.moved_share, horizon_steps=request.horizon_steps
+        tokens,
+        planned,
+        gain,
+        steps,
+        limit=limit_of(problem, judged_LE, tokens.upper_bound),
+        moved_share=chosen.plan.moved_share,
+        choices=choices,
+        horizon_steps=request.horizon_steps,
     )
-    too_large = [] if after.memory.fits else ["it does not fit into a rank's memory; moeroute simulate says what helps"]
+    active = Balance(
+        before=balancedness(before.active_WLG),
+        after=balancedness(after.active_WLG),
+        random=balancedness(random.active_WLG),
+        upper_bound=active_bound(rows_WLE, problem.ranks, problem.slots),
+    )
     return Answer(
         chosen=chosen,
         before=placements.before,
         tokens=tokens,
         planned=planned,
-        active=Balance(
-            before=balancedness(before.active_WLG),
-            after=balancedness(after.active_WLG),
-            random=balancedness(random.active_WLG),
-            upper_bound=active_bound(rows_WLE, problem.ranks, problem.slots),
-        ),
+        active=active,
         gain=gain,
         gain_of="step time",
         steps=steps,
@@ -139,5 +145,15 @@ def _judged(
         candidates=candidates,
         worth_it=verdict.worth_it,
         verdict=verdict.words,
-        notes=(*setting.notes, *too_large),
+        facts=setting.facts,
+        notes=(*setting.notes, *_about_active(active, steps)),
+        gone=request.gone,
     )
+
+
+def _about_active(active: Balance, steps: Steps) -> list[str]:
+    """Where fewer active experts look like a loss: a mean that falls more than the most is less even."""
+    before, after, _ = steps.busiest_active
+    if active.after >= active.before or after >= before:
+        return []
+    return ["active experts are less even, but fewer on the busiest rank too, and that is what a step pays for"]

@@ -30,7 +30,7 @@ class Window:
     @property
     def requests(self) -> int:
         """How many there are."""
-        return int(np.unique(self.trace.request_T).size)
+        return _requests(self.trace)
 
     def rows_WLE(self) -> NDArray[np.int64]:
         """The rows of each expert in each step, by the model's own top k."""
@@ -73,18 +73,27 @@ class PlacingWindows:
             return Window(trace=part, steps=steps)
 
         plan, choose, rest = parts
-        return cls(
-            plan=window(plan, _PLANNED_STEPS),
-            choose=window(choose, _CHOOSING_STEPS),
-            held_out=_most_blocks(rest, lambda part: window(part, _STEPS_A_WINDOW)),
-            tokens_per_rank=tokens_per_rank,
-        )
+        try:
+            return cls(
+                plan=window(plan, _PLANNED_STEPS),
+                choose=window(choose, _CHOOSING_STEPS),
+                held_out=_most_blocks(rest, lambda part: window(part, _STEPS_A_WINDOW)),
+                tokens_per_rank=tokens_per_rank,
+            )
+        except InputError as error:
+            counts = [_requests(part) for part in parts]
+            cut = "{} to plan on, {} to choose by and {} to judge by".format(*counts)
+            raise InputError(f"the trace's {sum(counts)} requests are cut into {cut}; {error}") from error
 
 
 def _most_blocks(trace: RoutingTrace, window: Callable[[RoutingTrace], Window]) -> list[Window]:
     """The trace in as many blocks of whole requests, up to `_MOST_WINDOWS`, as each still fill a step."""
-    requests = int(np.unique(trace.request_T).size)
+    requests = _requests(trace)
     for blocks in range(min(requests, _MOST_WINDOWS), 1, -1):
         with suppress(InputError):
             return [window(part) for part in split_requests(trace, [1.0] * blocks)]
     return [window(trace)]
+
+
+def _requests(trace: RoutingTrace) -> int:
+    return int(np.unique(trace.request_T).size)

@@ -111,7 +111,7 @@ def test_names_change_neither_the_sets_nor_for_the_worse(seed: int, nodes: int) 
 @settings(max_examples=20, deadline=None)
 @given(
     seed=st.integers(0, 999),
-    shape=st.sampled_from([(8, 4, 2, 0), (12, 4, 4, 0), (12, 6, 2, 6), (9, 3, 1, 3), (6, 2, 2, 10)]),
+    shape=st.sampled_from([(8, 4, 2, 0), (12, 4, 4, 0), (12, 6, 2, 6), (9, 3, 1, 3), (6, 2, 2, 6)]),
 )
 def test_ranks_stay_as_balanced_as_allowed(seed: int, shape: tuple[int, int, int, int]) -> None:
     experts, ranks, nodes, redundant = shape

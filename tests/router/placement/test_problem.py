@@ -4,7 +4,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from router.placement import place
+from router.placement import PLACEMENTS, place
+from router.placement.base import slots_in
+from router.rank_seconds import RankSeconds
 from traces.errors import InputError
 
 GOOD = {"ranks": 4, "slots": 8, "nodes": 2, "groups": 2}
@@ -45,3 +47,53 @@ def test_a_load_that_is_none_is_named(load: float, message: str) -> None:
     loads_LE[1, 3] = load
     with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
         place("balanced", loads_LE, **GOOD)
+
+
+@pytest.mark.parametrize(
+    ("traffic", "message"),
+    [
+        ({"steps_WLE": np.ones((3, 2, 7), dtype=int)}, "steps of shape (3, 2, 7) for loads of 2 layers of 8 experts; "),
+        ({"steps_WLE": np.ones((0, 2, 8), dtype=int)}, "steps of shape (0, 2, 8) for loads of 2 layers of 8 experts; "),
+        (
+            {"steps_WLE": -np.ones((3, 2, 8), dtype=int)},
+            "give one step or more, with 0 or more rows a layer and expert",
+        ),
+        ({"ids_TLK": np.ones((3, 1, 2), dtype=int)}, "ids of shape (3, 1, 2) for loads of 2 layers; "),
+        ({"ids_TLK": np.ones((0, 2, 2), dtype=int)}, "give one token or more, with one expert or more a layer"),
+        ({"ids_TLK": np.ones((3, 2, 0), dtype=int)}, "ids of shape (3, 2, 0) for loads of 2 layers; "),
+    ],
+)
+def test_traffic_must_be_of_these_layers_and_experts(traffic: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=re.escape(message)):
+        place("balanced", np.ones((2, 8)), **GOOD, **traffic)
+
+
+def test_a_layer_whose_sum_is_no_float_is_named() -> None:
+    with pytest.raises(InputError, match="loads: layer 0 sums up to more than a float holds; scale the loads down"):
+        place("balanced", np.full((2, 8), 1e308), **GOOD)
+
+
+@pytest.mark.parametrize("algorithm", sorted(PLACEMENTS))
+@pytest.mark.parametrize("scale", [1e300, 1e-300])
+def test_the_unit_of_loads_says_nothing(algorithm: str, scale: float) -> None:
+    rng, ends = np.random.default_rng(0), np.array([0.0, 1.0])
+    loads_LE = rng.integers(1, 50, (2, 8)).astype(float)
+    traffic = {
+        "steps_WLE": rng.integers(0, 9, (3, 2, 8)),
+        "ids_TLK": rng.random((12, 2, 8)).argsort(axis=2)[:, :, :2],
+        "seconds": RankSeconds(active_A=ends, rows_R=ends, seconds_AR=ends[:, None] + 0.1 * ends),
+    }
+    one, other = (place(algorithm, loads, **GOOD, **traffic) for loads in (loads_LE, scale * loads_LE))
+    assert one.slot_to_expert_LS.tolist() == other.slot_to_expert_LS.tolist()
+
+
+@pytest.mark.parametrize("algorithm", ["balanced", "eplb", "hierarchical", "lpt", "soft_hierarchical"])
+def test_loads_may_lie_in_any_order(algorithm: str) -> None:
+    loads_LE = np.random.default_rng(0).random((2, 8))
+    one, other = (place(algorithm, loads, **GOOD) for loads in (loads_LE, np.asfortranarray(loads_LE)))
+    assert one.slot_to_expert_LS.tolist() == other.slot_to_expert_LS.tolist()
+
+
+@pytest.mark.parametrize(("share", "slots"), [(0.0, 0), (0.07, 7), (0.29, 29), (0.999, 99), (1.0, 100)])
+def test_shares_of_slots_are_whole_slots(share: float, slots: int) -> None:
+    assert slots_in(share, 100) == slots

@@ -12,7 +12,8 @@ from router.balance import active_by_rank_WLG, rank_loads_LG
 from router.placement.active_aware import active_aware
 from router.placement.balanced import balanced
 from router.placement.base import Placement
-from router.placement.cost_aware import cost_aware
+from router.placement.cost_aware import cost_aware, engines_plan
+from router.placement.eplb import eplb
 from router.placement.problem import PlacementProblem
 from router.placement.step_costs import expected_load_WLG, predicted_s_WL
 from router.placement.step_search import search_steps
@@ -87,8 +88,9 @@ def test_the_exchange_of_the_fullest_rank_counts_too() -> None:
 def test_few_steps_and_empty_ones_are_planned_all_the_same(steps: int) -> None:
     problem = problem_of(np.zeros((steps, 4), dtype=np.int64), ranks=2, slots=6, seconds=seconds_of(*DECODE))
     for plan in (active_aware, cost_aware):
-        placement = Placement(slot_to_expert_LS=plan(problem), experts=4, ranks=2)
-        assert placement.replicas_LE.sum() == 6
+        placement = Placement(slot_to_expert_LS=plan(problem), experts=4, ranks=2)  # it has a slot for each expert
+        assert placement.slots == 6
+        assert placement.replicas_LE.max() == 2
 
 
 def correlated_steps_WLE(rng: np.random.Generator, steps: int, layers: int, experts: int) -> Any:
@@ -114,17 +116,36 @@ def test_what_is_planned_on_some_steps_holds_in_the_next() -> None:
 
 
 def test_a_search_that_only_learns_chance_is_not_taken() -> None:
-    """Steps say nothing of the next where rows are drawn anew: by loads is then as good, and cost-aware no worse."""
-    rng = np.random.default_rng(4)
-    planned_WLE, later_WLE = (rng.poisson(3.0, size=(4, 6, 32)) for _ in range(2))
+    """Rows are drawn anew in each step, and steps say nothing of the next: what engines run is kept.
+
+    A search is faster by more than a tenth on the steps that it has seen, and slower on later ones.
+    """
+    rng = np.random.default_rng(1)
+    planned_WLE, later_WLE = (rng.poisson(1.0, size=(steps, 4, 32)) for steps in (6, 40))
     seconds = seconds_of(*PREFILL)
     problem = PlacementProblem(
-        loads_LE=planned_WLE.sum(axis=0).astype(float), ranks=8, slots=32, steps_WLE=planned_WLE, seconds=seconds
+        loads_LE=planned_WLE.sum(axis=0).astype(float), ranks=8, slots=64, steps_WLE=planned_WLE, seconds=seconds
     )
-    by_loads_s, cost_s = (
-        predicted_s_WL(plan(problem), later_WLE, 8, seconds).mean() for plan in (balanced, cost_aware)
-    )
-    assert cost_s < 1.02 * by_loads_s
+    engines_LS = engines_plan(problem)
+    searched_LS = search_steps(active_aware(problem), planned_WLE, 8, seconds)
+    for steps_WLE, least, most in ((planned_WLE, 0.0, 0.9), (later_WLE, 1.02, 2.0)):
+        engines_s, searched_s = (
+            predicted_s_WL(of_LS, steps_WLE, 8, seconds).mean() for of_LS in (engines_LS, searched_LS)
+        )
+        assert least * engines_s <= searched_s < most * engines_s
+    np.testing.assert_array_equal(cost_aware(problem), engines_LS)
+
+
+def test_replicas_of_what_engines_run_are_kept_apart() -> None:
+    """EPLB gives ranks 2, 2, 0, 3 | 2, 2, 1, 3 | 2, 0, 0, 0 | 2, 1, 1, 1: there are ranks without 0 and without 1.
+
+    One round of swaps is not enough: what comes in return for a replica may be on the rank as well.
+    """
+    problem = PlacementProblem(loads_LE=np.array([[5.0, 5, 8, 2]]), ranks=4, slots=16)
+    assert eplb(problem).reshape(4, 4).tolist() == [[2, 2, 0, 3], [2, 2, 1, 3], [2, 0, 0, 0], [2, 1, 1, 1]]
+    held_GP = engines_plan(problem).reshape(4, 4).tolist()
+    twice = {expert for held in held_GP for expert in held if held.count(expert) > 1}
+    assert all(expert in held for expert in twice for held in held_GP)
 
 
 @settings(max_examples=60, deadline=None)

@@ -1,4 +1,4 @@
-"""The deployment that placements of a trace are simulated on."""
+"""Serving setup: what the steps of a trace run on, and how."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +22,7 @@ _PROTOCOLS: dict[Phase, Protocol] = {"decode": "per_expert", "prefill": "per_ran
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Deployment:
+class ServingSetup:
     """How steps run: `gpu` by its datasheet's name; `costs` frameworks of measured kernels, or `datasheet` (none: all).
 
     `weights`: their format, where they do not run in the model's own. `tokens_per_rank` and `protocol` None: chosen by
