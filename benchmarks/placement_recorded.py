@@ -121,6 +121,7 @@ class Deployment:
         blocks = split_requests(self.trace, [1.0] * self.blocks)
         choices = CHOICES if self.slots > self.trace.model.experts else CHOICES[:1]
         step_s: dict[tuple[str, ReplicaChoice], list[float]] = {}
+        between_nodes: dict[tuple[str, ReplicaChoice], list[float]] = {}  # bytes
         plan_s: dict[str, list[float]] = {}
         for earlier, later in pairwise(blocks):
             replay = self.replay_of(later)
@@ -145,6 +146,8 @@ class Deployment:
                         works = replay.lower(policy, placement, step, of_step, choice)
                         timeline = replay.simulate(replay.price(works, placement), "analytic")
                         step_s.setdefault((algorithm, choice), []).append(timeline.step_s)
+                        bytes_ = sum(work.bytes_by_tier().get("scale_out", 0.0) for work in works)
+                        between_nodes.setdefault((algorithm, choice), []).append(bytes_)
         base_N = np.array(step_s[BASELINE])
         for (algorithm, choice), seconds in step_s.items():
             seconds_N = np.array(seconds)
@@ -158,6 +161,7 @@ class Deployment:
                 "step_s": float(seconds_N.mean()),
                 "vs_eplb": float(seconds_N.mean() / base_N.mean()),
                 "vs_eplb_ci": _ratio_ci(seconds_N, base_N),
+                "bytes_between_nodes": float(np.mean(between_nodes[algorithm, choice])),
                 "windows": self.blocks - 1,
                 "steps": seconds_N.size,
                 "plan_ms": float(np.median(plan_s[algorithm])) * 1e3,
@@ -185,12 +189,17 @@ def deployment_for_rebalancing(folder: Path) -> Deployment | None:
 def recorded_deployments(folder: Path) -> Iterator[Deployment]:
     """Of the traces that lie in `folder`; what is missing is said."""
     for name, file, model, settings in (
-        ("gpt-oss-20b", "gptoss20b/gptoss20b_ship.npz", "gpt-oss-20b", [(8, 32, 16), (8, 40, 16), (32, 64, 4)]),
+        (
+            "gpt-oss-20b",
+            "gptoss20b/gptoss20b_ship.npz",
+            "gpt-oss-20b",
+            [(8, 32, 16), (8, 40, 16), (32, 64, 4), (16, 32, 16, "per_node")],
+        ),
         (
             "flame-moe-290m",
             "flame_moe_290m/flame_moe_290m_prefill2048.npz",
             "flame-moe-290m",
-            [(8, 64, 8), (8, 72, 8), (32, 64, 2), (32, 96, 2)],
+            [(8, 64, 8), (8, 72, 8), (32, 64, 2), (32, 96, 2), (16, 64, 16, "per_rank"), (16, 64, 16, "per_node")],
         ),
     ):
         if _there(folder / file):
@@ -231,9 +240,12 @@ def synthetic_deployments() -> Iterator[Deployment]:
         )
 
 
-def _deployments(name: str, trace: RoutingTrace, settings: Sequence[tuple[int, int, int]]) -> Iterator[Deployment]:
-    for ranks, slots, tokens in settings:
-        yield Deployment(name=name, trace=trace, ranks=ranks, slots=slots, tokens_per_rank=tokens)
+def _deployments(name: str, trace: RoutingTrace, settings: Sequence[tuple[Any, ...]]) -> Iterator[Deployment]:
+    """`settings`: ranks, slots, tokens of a rank, and the protocol where it is not `per_expert`."""
+    for ranks, slots, tokens, *protocol in settings:
+        more: dict[str, Any] = {"protocol": protocol[0]} if protocol else {}
+        shown = f"{name}, {protocol[0]}" if protocol else name
+        yield Deployment(name=shown, trace=trace, ranks=ranks, slots=slots, tokens_per_rank=tokens, **more)
 
 
 def _there(path: Path) -> bool:
