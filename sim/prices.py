@@ -6,9 +6,9 @@ from numpy.typing import NDArray
 from cost_models.ops import CostModel, HostToDevice
 from router.placement.base import Placement
 from router.prices import RoutePrices
+from sim.layer_costs import LayerCosts
 from sim.layout import Layout
 from sim.lower import Protocol
-from sim.rank_seconds import exchanges_s, experts_s
 from traces.model import ModelSpec
 
 # Loads at which experts are priced, about an even one: shares of a rank's experts that are active, and of its rows.
@@ -34,46 +34,31 @@ def prices_of(
     stays in some rank's costs none, though its other replicas may be loaded.
     """
     rows_per_slot = tokens_per_rank * layout.ranks * width / placement.slots
-    row_s, active_s = _expert_prices(model, placement, costs, layout, protocol, rows_per_slot, width)
+    layer = LayerCosts(
+        model=model, costs=costs, layout=layout, protocol=protocol, dispatch_dtype=dispatch_dtype, width=width
+    )
+    row_s, active_s = _expert_prices(layer, placement.slots_per_rank, rows_per_slot)
     return RoutePrices(
         share_LEG=np.repeat(placement.share_LEG, layout.expert_tensor, axis=2),
         row_s=row_s,
         active_s=active_s,
-        hop_s_GG=_hop_prices(model, costs, layout, protocol, dispatch_dtype, max(tokens_per_rank, 1), width),
+        hop_s_GG=_hop_prices(layer, max(tokens_per_rank, 1)),
         load_s_LE=_load_prices(model, placement, costs, layout),
         node_of_G=layout.node_of_G,
     )
 
 
-def _expert_prices(
-    model: ModelSpec,
-    placement: Placement,
-    costs: CostModel,
-    layout: Layout,
-    protocol: Protocol,
-    rows_per_slot: float,
-    width: int,
-) -> tuple[float, float]:
+def _expert_prices(layer: LayerCosts, slots: int, rows_per_slot: float) -> tuple[float, float]:
     """Seconds of one more row, regrouped on its way in and out, and of one more active expert for the same rows.
 
     Kernels' times go in steps of tiles, and the difference of two of them may have either sign. So a plane is laid
     through ranks of half to twice the rows on half of the experts to all of them, as near as least squares get.
     """
-    slots = placement.slots_per_rank
     even = max(rows_per_slot * slots, 1.0)
     active_X, rows_X = (
         axis.ravel() for axis in np.meshgrid(np.unique(np.ceil(slots * _ACTIVE)), np.unique(np.ceil(even * _ROWS)))
     )
-    time_X = experts_s(
-        model,
-        costs,
-        layout=layout,
-        protocol=protocol,
-        slots=slots,
-        width=width,
-        active_X=active_X,
-        rows_X=rows_X,
-    )
+    time_X = layer.experts_s(slots, active_X, rows_X)
     # A slot has a row at least to be active.
     return _slopes(time_X, rows_X, np.minimum(active_X, rows_X))
 
@@ -102,16 +87,9 @@ def _slopes(
     return 0.0, 0.0
 
 
-def _hop_prices(
-    model: ModelSpec,
-    costs: CostModel,
-    layout: Layout,
-    protocol: Protocol,
-    dispatch_dtype: str,
-    rows: int,
-    width: int,
-) -> NDArray[np.float64]:
+def _hop_prices(layer: LayerCosts, rows: int) -> NDArray[np.float64]:
     """Seconds of one row out and back by source and destination: what exchanges with a neighbour take beyond none."""
+    layout = layer.layout
     ranks, node_of_G = layout.ranks, layout.node_of_G
 
     def exchange_s(destination_G: NDArray[np.int64]) -> float:
@@ -119,17 +97,7 @@ def _hop_prices(
         rows_GG[np.arange(ranks), destination_G] = rows
         node_rows_GN = np.zeros((ranks, layout.nodes), dtype=np.int64)
         node_rows_GN[np.arange(ranks), node_of_G[destination_G]] = rows
-        return exchanges_s(
-            model,
-            costs,
-            layout=layout,
-            protocol=protocol,
-            dispatch_dtype=dispatch_dtype,
-            tokens_per_rank=rows,
-            width=width,
-            rows_GG=rows_GG,
-            node_rows_GN=node_rows_GN,
-        )
+        return layer.exchanges_s(rows, rows_GG, node_rows_GN)
 
     own_G = np.arange(ranks)
     stay_s = exchange_s(own_G)

@@ -1,13 +1,12 @@
 """Rank seconds: a cost model's own times of a rank's experts and of one more row in an exchange, for placements."""
 
 import numpy as np
-from numpy.typing import NDArray
 
-from cost_models.ops import CostModel, Experts, Regroup, TokenExchange
-from cost_models.traffic import Traffic
+from cost_models.ops import CostModel
 from router.rank_seconds import RankSeconds
+from sim.layer_costs import LayerCosts
 from sim.layout import Layout
-from sim.lower import MODES, Protocol
+from sim.lower import Protocol
 from traces.model import ModelSpec
 
 _MOST_ACTIVE_POINTS = 33
@@ -37,125 +36,27 @@ def rank_seconds_of(
     rows_R = np.append(0.0, np.unique(np.ceil(2.0**doublings)))
     active_X, rows_X = (axis_AR.ravel() for axis_AR in np.meshgrid(active_A, rows_R, indexing="ij"))
     # An active expert has a row at least, and rows have an expert: else the nearest load that can be.
-    time_X = experts_s(
-        model,
-        costs,
-        layout=layout,
-        protocol=protocol,
-        slots=slots_per_rank,
-        width=width,
-        active_X=active_X,
-        rows_X=np.where(active_X > 0, np.maximum(rows_X, active_X), 0),
+    layer = LayerCosts(
+        model=model, costs=costs, layout=layout, protocol=protocol, dispatch_dtype=dispatch_dtype, width=width
     )
+    time_X = layer.experts_s(slots_per_rank, active_X, np.where(active_X > 0, np.maximum(rows_X, active_X), 0))
     rising_AR = np.maximum.accumulate(time_X.reshape(active_A.size, rows_R.size), axis=1)
     return RankSeconds(
         active_A=active_A,
         rows_R=rows_R,
         seconds_AR=np.maximum.accumulate(rising_AR, axis=0),
-        row_s=_received_row_s(model, costs, layout, protocol, dispatch_dtype, tokens_per_rank, width),
+        row_s=_received_row_s(layer, tokens_per_rank),
     )
 
 
-def experts_s(
-    model: ModelSpec,
-    costs: CostModel,
-    *,
-    layout: Layout,
-    protocol: Protocol,
-    slots: int,
-    width: int,
-    active_X: NDArray[np.float64],
-    rows_X: NDArray[np.float64],
-) -> NDArray[np.float64]:
-    """Seconds of one layer's experts on ranks of `slots` slots: `rows_X` rows, evenly on the first `active_X` slots.
-
-    With the regrouping of rows on their way in and out. Every row is taken for a token of its own.
-    """
-    rows_XS = np.array(
-        [
-            np.append(np.diff(np.linspace(0, rows, int(active) + 1).round()), np.zeros(slots - int(active)))
-            for active, rows in zip(active_X, rows_X, strict=True)
-        ]
-    ).astype(np.int64)
-    time_X = costs.seconds(
-        Experts(
-            rows_XS=rows_XS,
-            hidden=model.hidden,
-            expert_hidden=model.expert_hidden // layout.expert_tensor,
-            matrices=model.expert_matrices,
-            weight_bytes=model.weight_bytes,
-            row_bytes=model.row_bytes,
-            routed_tokens_X=rows_XS.sum(axis=1),
-            top_k=width,
-            mode=MODES[protocol],
-            dtype=model.dtype,
-        )
-    )
-    if Regroup not in costs.included:
-        time_X = time_X + 2 * costs.seconds(
-            Regroup(rows_X=rows_XS.sum(axis=1), segments=slots * layout.ranks, row_bytes=model.row_bytes)
-        )
-    return time_X
-
-
-def exchanges_s(
-    model: ModelSpec,
-    costs: CostModel,
-    *,
-    layout: Layout,
-    protocol: Protocol,
-    dispatch_dtype: str,
-    tokens_per_rank: int,
-    width: int,
-    rows_GG: NDArray[np.int64],
-    node_rows_GN: NDArray[np.int64],
-) -> float:
-    """Seconds of one layer's dispatch and return of `rows_GG` rows by source and destination rank.
-
-    `node_rows_GN`: rows by source rank and node, for the protocol that sends once to each node.
-    """
-    traffic = Traffic(
-        rows_XGG=rows_GG[None],
-        node_rows_XGN=node_rows_GN[None] if protocol == "per_node" else None,
-        node_of_G=layout.node_of_G,
-    )
-    return sum(
-        float(
-            costs.seconds(
-                TokenExchange(
-                    tokens_X=np.array([tokens_per_rank]),
-                    hidden=model.hidden,
-                    top_k=width,
-                    experts=model.experts,
-                    ranks_X=np.array(layout.ranks),
-                    nodes_X=np.array(layout.nodes),
-                    direction=direction,
-                    mode=MODES[protocol],
-                    dtype=dispatch_dtype,
-                    traffic=traffic,
-                )
-            )[0]
-        )
-        for direction in ("dispatch", "combine")
-    )
-
-
-def _received_row_s(
-    model: ModelSpec,
-    costs: CostModel,
-    layout: Layout,
-    protocol: Protocol,
-    dispatch_dtype: str,
-    tokens_per_rank: int,
-    width: int,
-) -> float:
+def _received_row_s(layer: LayerCosts, tokens_per_rank: int) -> float:
     """Seconds of one more row on the rank with most rows: the slope from an even step to one rank with double.
 
     Rows that each source sends are the same in both, so that only their destinations differ. Of a rank's rows its own
     tokens' share stays where it is.
     """
-    ranks = layout.ranks
-    each = max(-(-tokens_per_rank * width // ranks), 1)  # rows from a source to a destination
+    layout, ranks = layer.layout, layer.layout.ranks
+    each = max(-(-tokens_per_rank * layer.width // ranks), 1)  # rows from a source to a destination
 
     def exchange_s(rows_of_first: int) -> float:
         """Each source sends so many rows to rank 0 and `each` to the others, but for one that has the fewer for it."""
@@ -166,17 +67,7 @@ def _received_row_s(
         node_rows_GN = np.stack(
             [rows_GG[:, layout.node_of_G == node].sum(axis=1) for node in range(layout.nodes)], axis=1
         )
-        return exchanges_s(
-            model,
-            costs,
-            layout=layout,
-            protocol=protocol,
-            dispatch_dtype=dispatch_dtype,
-            tokens_per_rank=tokens_per_rank,
-            width=width,
-            rows_GG=rows_GG,
-            node_rows_GN=node_rows_GN,
-        )
+        return layer.exchanges_s(tokens_per_rank, rows_GG, node_rows_GN)
 
     if ranks == 1:
         return 0.0
