@@ -8,7 +8,6 @@ from numpy.typing import NDArray
 
 from router.placement.active_aware import active_aware
 from router.placement.balanced import balanced
-from router.placement.contiguous import contiguous
 from router.placement.eplb import eplb
 from router.placement.pack import keep_apart
 from router.placement.problem import PlacementProblem
@@ -23,8 +22,8 @@ _SURE = 2.0  # standard errors by which a plan must be faster than what engines 
 def cost_aware(problem: PlacementProblem) -> NDArray[np.int64]:
     """Slots [L, S] for which `problem.seconds` predicts the shortest steps: slowest rank and fullest exchange of each.
 
-    1. Ways to plan, in order, by loads, by active experts, and that improved by a search on predicted times
-       (`step_search`), are tried on either half of the steps and timed on the other.
+    1. Ways to plan, by loads, by active experts, and that improved by a search on predicted times (`step_search`), are
+       tried on either half of the steps and timed on the other.
     2. The fastest way plans again, from all steps, if it surely is faster than what engines run: by two standard errors
        of what it saves a step. Else that is kept: a plan that gains nothing can only lose.
 
@@ -33,7 +32,7 @@ def cost_aware(problem: PlacementProblem) -> NDArray[np.int64]:
     """
     steps_WLE = problem.steps_WLE
     assert steps_WLE is not None
-    plans: tuple[Plan, ...] = (engines_plan, contiguous, balanced, active_aware, _searched)
+    plans: tuple[Plan, ...] = (engines_plan, balanced, active_aware, _searched)
     fold_W = np.arange(len(steps_WLE)) * _FOLDS // len(steps_WLE)
     seconds_PW = np.empty((len(plans), len(steps_WLE)))
     for fold in np.unique(fold_W):

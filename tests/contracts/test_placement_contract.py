@@ -72,7 +72,7 @@ def test_every_expert_is_placed_and_slots_are_exact(algorithm: str, problem: Pla
 
 
 @pytest.mark.parametrize("algorithm", sorted(PLACEMENTS.keys() - {"eplb"}))  # which does not look, as published
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(problem=problems())
 def test_replicas_of_one_expert_share_no_rank_unless_they_outnumber_the_ranks(
     algorithm: str, problem: PlacementProblem

@@ -97,7 +97,7 @@ def test_replicas_share_their_experts_load() -> None:
 def test_each_rank_keeps_its_share_and_nothing_that_stays_is_less_loaded(data: st.DataObject) -> None:
     ranks, per_rank = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 8))
     slots = ranks * per_rank
-    experts = data.draw(st.integers(max(1, slots - ranks), slots))
+    experts = data.draw(st.integers(max(per_rank, slots - ranks), slots))
     loads = data.draw(st.lists(st.integers(0, 9), min_size=2 * experts, max_size=2 * experts))
     loads_LE = np.array(loads).reshape(2, experts)
     by_loads = sorted(name for name, algorithm in PLACEMENTS.items() if not algorithm.needs)
