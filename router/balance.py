@@ -62,9 +62,9 @@ def active_by_rank_WLG(placement: Placement, steps_WLE: NDArray[np.integer]) -> 
     active_WLG = np.zeros((*steps_WLE.shape[:2], ranks), dtype=np.int64)
     for layer in range(placement.layers):
         slots_EX = placement.expert_slots_LEX[layer]
-        turn_EX = np.broadcast_to(np.arange(slots_EX.shape[1]), slots_EX.shape)
+        held_EX = slots_EX >= 0
         turn_S = np.empty(placement.slots, dtype=np.int64)
-        turn_S[slots_EX[slots_EX >= 0]] = turn_EX[slots_EX >= 0]
+        turn_S[slots_EX[held_EX]] = np.nonzero(held_EX)[1]
         active_WS = steps_WLE[:, layer, placement.slot_to_expert_LS[layer]] > turn_S
         active_WLG[:, layer] = active_WS.reshape(-1, ranks, slots_per_rank).sum(axis=2)
     return active_WLG
