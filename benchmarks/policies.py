@@ -30,7 +30,7 @@ from router.nn.measured_run import Deployment, MeasuredRun, measure_deployments
 from router.nn.microbench import calibrate
 from router.nn.output_error import measured_output_error
 from router.nn.record import record
-from router.nn.store import ReferenceModel, reference_model
+from router.nn.store import TrainedModel, reference_model
 from router.prices import RoutePrices
 from traces.batching import split_requests
 from traces.formats.npz import import_npz
@@ -53,7 +53,7 @@ COSTS = ["trtllm", "sglang", "nccl"]  # the first that has an operation
 ROW = ("loss", "loss_ci", "loss_delta", "loss_delta_ci", "cpu_step_s", "predicted_cpu_step_s", "sim_dsv3_h100x64_s")
 
 
-def measured_history(reference: ReferenceModel, recorded: RoutingTrace) -> RoutingHistory:
+def measured_history(reference: TrainedModel, recorded: RoutingTrace) -> RoutingHistory:
     """Of the requests that placements are planned on, with the output errors that the model itself has there."""
     plan = split_requests(recorded, Windows().shares)[0]
     return RoutingHistory.of(plan).with_output_error(measured_output_error(reference, plan))
@@ -151,7 +151,7 @@ def recorded_settings(folder: Path) -> dict[str, dict[int, Setting]]:
 
 
 def reference_rows(
-    reference: ReferenceModel, cpu: Setting, h100: Setting, dsv3: Setting, *, rounds: int
+    reference: TrainedModel, cpu: Setting, h100: Setting, dsv3: Setting, *, rounds: int
 ) -> tuple[list[dict[str, Any]], MeasuredRun]:
     """Every policy on the reference model, run for real on the CPU, and simulated at scale."""
     placement, history = cpu.placement, cpu.replay.history
@@ -203,7 +203,7 @@ def reference_rows(
     return rows, measured
 
 
-def losses_of(reference: ReferenceModel, case: Case, cpu: Setting, h100: Setting) -> dict[str, HeldOutLoss]:
+def losses_of(reference: TrainedModel, case: Case, cpu: Setting, h100: Setting) -> dict[str, HeldOutLoss]:
     """Held-out loss in steps of the size of either deployment, at its prices."""
     history = cpu.replay.history
     assert history is not None
@@ -214,7 +214,7 @@ def losses_of(reference: ReferenceModel, case: Case, cpu: Setting, h100: Setting
 
 
 def loss_of(
-    reference: ReferenceModel, case: Case, on: Setting, history: RoutingHistory, prices: RoutePrices | None
+    reference: TrainedModel, case: Case, on: Setting, history: RoutingHistory, prices: RoutePrices | None
 ) -> HeldOutLoss:
     """Held-out loss in steps of the deployment's size."""
     return held_out_loss(
@@ -291,7 +291,7 @@ def front_of(setting: Setting) -> dict[str, Any]:
     }
 
 
-def loss_front_of(reference: ReferenceModel, h100: Setting, history: RoutingHistory, scope: Scope) -> dict[str, Any]:
+def loss_front_of(reference: TrainedModel, h100: Setting, history: RoutingHistory, scope: Scope) -> dict[str, Any]:
     """The same at equal loss, on the reference model at DBRX's widths on 8 H100s."""
     setting = replace(h100, scope=scope)
     families = {family + weights for family in (*PUBLISHED, OURS) for weights in ("", "+trained")}

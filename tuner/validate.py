@@ -17,7 +17,7 @@ from scipy.stats import spearmanr
 from cost_models.profile import Profile
 from router.nn.evaluate import held_out_loss, paired_difference
 from router.nn.measured_run import Deployment, measure_deployments
-from router.nn.store import ReferenceModel
+from router.nn.store import TrainedModel
 from traces.errors import InputError
 from traces.progress import Progress, quiet
 from tuner.replays import Replays
@@ -119,7 +119,7 @@ def choose_contenders(baseline: Config, study: StudyResult, space: Space, *, ran
 def validate(
     replays: Replays,
     contenders: Sequence[Contender],
-    reference: ReferenceModel,
+    reference: TrainedModel,
     *,
     device: str,
     rounds: int,

@@ -8,7 +8,7 @@ import typer
 from moeroute.cli.console import Json, Out, print_json, print_table, progress_bar, say
 
 if TYPE_CHECKING:
-    from router.nn.store import ReferenceModel
+    from router.nn.store import TrainedModel
 
 ERRORS_FILE = "output_errors.json"
 
@@ -65,7 +65,7 @@ def errors(
     say(f"wrote {path}")
 
 
-def load(*, retrain: bool = False) -> "ReferenceModel":
+def load(*, retrain: bool = False) -> "TrainedModel":
     """The reference model, with a progress bar while it trains."""
     with progress_bar("reference model") as progress:
         progress(0.0, "looking into the cache")
@@ -74,7 +74,7 @@ def load(*, retrain: bool = False) -> "ReferenceModel":
         return reference_model(retrain=retrain, progress=progress)
 
 
-def summary(reference: "ReferenceModel") -> dict[str, Any]:
+def summary(reference: "TrainedModel") -> dict[str, Any]:
     """The model in JSON."""
     return {
         "key": reference.key,

@@ -20,7 +20,7 @@ from moeroute.cli.console import (
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from router.nn.store import ReferenceModel
+    from router.nn.store import TrainedModel
     from tuner.replays import Replays
     from tuner.study import StudyResult
     from tuner.validate import Contender, Validation
@@ -69,7 +69,7 @@ def contenders_of(replays: "Replays", study: "StudyResult") -> "list[Contender]"
 
 
 def run(
-    replays: "Replays", contenders: "Sequence[Contender]", reference: "ReferenceModel", *, device: str, rounds: int
+    replays: "Replays", contenders: "Sequence[Contender]", reference: "TrainedModel", *, device: str, rounds: int
 ) -> "Validation":
     """Validate the contenders, with a progress bar."""
     from tuner.costs import calibration

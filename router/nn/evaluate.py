@@ -14,6 +14,7 @@ from router.nn.text import Corpus
 from router.nn.threads import one_thread
 from router.policies import RoutingPolicy
 from router.prices import RoutePrices
+from router.subnetwork import SubNetwork
 from traces.errors import InputError
 
 _SEED = 0
@@ -77,14 +78,16 @@ def held_out_loss(
     tokens_per_rank: int,
     history: RoutingHistory | None = None,
     prices: RoutePrices | None = None,
+    part: SubNetwork | None = None,
 ) -> HeldOutLoss:
     """Run `sequences` fixed held-out sequences through `model` in steps of `ranks` * `tokens_per_rank` tokens.
 
     A rank holds whole sequences, and each step the same number of each domain where it can. Every call reads the
-    same text, so the losses of two policies are paired. `history` and `prices` are what a policy may ask for.
+    same text, so the losses of two policies are paired. `history` and `prices` are what a policy may ask for. `part`:
+    only this much of the model is there; layers and experts then count what is.
     Errors: `InputError` where sequences do not fill ranks or steps evenly, or the corpus has too few.
     """
-    context, layers = model.config.context, model.config.layers
+    context, part = model.config.context, part or model.config.whole
     if tokens_per_rank < 1 or tokens_per_rank % context:
         raise InputError(f"tokens_per_rank is {tokens_per_rank}; it must be a multiple of the context, {context}")
     sequences_per_step = ranks * tokens_per_rank // context
@@ -96,7 +99,7 @@ def held_out_loss(
     text_NS, domain_N = corpus.sequences(sequences, context + 1, _SEED, use="measure")
     text = torch.from_numpy(text_NS.astype(np.int64))
     source_rank_T = torch.arange(ranks).repeat_interleave(tokens_per_rank)
-    chosen_LE = np.zeros((layers, model.config.experts), dtype=np.int64)
+    chosen_LE = np.zeros((part.depth, part.experts), dtype=np.int64)
     kept_LE, rerouted_LE = np.zeros_like(chosen_LE), np.zeros_like(chosen_LE)
     states: tuple[State, ...] | None = None
     losses = []
@@ -110,6 +113,7 @@ def held_out_loss(
                 states=states,
                 history=history,
                 prices=prices,
+                part=part,
             )
         states = step.states
         loss_BS = F.cross_entropy(step.logits_BSV.mT, text_BS[:, 1:], reduction="none")
@@ -121,7 +125,7 @@ def held_out_loss(
                 (rerouted_LE, assignment.rerouted_TK),
             ):
                 ids_N = assignment.ids_TK[pairs_TK]
-                counts_LE[layer] += torch.bincount(ids_N, minlength=model.config.experts).numpy()
+                counts_LE[layer] += torch.bincount(ids_N, minlength=part.experts).numpy()
     return HeldOutLoss(
         domains=corpus.domains,
         loss_N=np.concatenate(losses),

@@ -1,7 +1,7 @@
 """A byte-level transformer language model with a mixture of experts in every block."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +11,8 @@ from router.context import RouteContext, State
 from router.history import RoutingHistory
 from router.nn.moe import MoELayer, TrainingRule
 from router.policies import RoutingPolicy
-from router.policies.top_k import TopK
 from router.prices import RoutePrices
+from router.subnetwork import SubNetwork
 from traces.errors import InputError
 from traces.model import GateKind, ModelSpec, NullKind
 
@@ -22,7 +22,8 @@ class LanguageModelConfig:
     """The model's shape: widths in elements, `context` in bytes of text (one byte is one token).
 
     `gate`, `renormalise`, `shared_experts` (as wide as the others), `null_experts` and `null_kind` are as in
-    `ModelSpec`: a token uses `top_k` of the experts and null experts together.
+    `ModelSpec`: a token uses `top_k` of the experts and null experts together, or in layer l `top_k_L[l]`, of which
+    `top_k` is then the largest.
     """
 
     hidden: int = 128
@@ -38,6 +39,7 @@ class LanguageModelConfig:
     shared_experts: int = 0
     null_experts: int = 0
     null_kind: NullKind = "zero"
+    top_k_L: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.hidden % (2 * self.heads):
@@ -50,10 +52,21 @@ class LanguageModelConfig:
             nulls = f" and {self.null_experts} null ones" if self.null_experts else ""
             raise InputError(f"top_k is {self.top_k}; with {self.experts} experts{nulls} use 1 to {every}")
 
+        if self.top_k_L is not None and (len(self.top_k_L) != self.layers or max(self.top_k_L) != self.top_k):
+            raise InputError(
+                f"top_k_L is {self.top_k_L}; give one of each of {self.layers} layers, {self.top_k} the largest"
+            )
+
     @property
     def policy(self) -> RoutingPolicy:
-        """The policy that the model was trained for, without a capacity."""
-        return RoutingPolicy(selection=TopK(k=self.top_k))
+        """The policy that the model was trained for or cut to, without a capacity."""
+        return self.whole.policy
+
+    @property
+    def whole(self) -> SubNetwork:
+        """All of the model."""
+        whole = SubNetwork.whole(self.layers, self.experts, self.top_k)
+        return whole if self.top_k_L is None else replace(whole, top_k_L=self.top_k_L)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +76,9 @@ class RoutedStep:
     logits_BSV: Tensor
     assignments: tuple[Assignment, ...]
     states: tuple[State, ...]
+
+
+_EXPERT_WEIGHTS = ("moe.w_gate_EFD", "moe.w_up_EFD", "moe.w_down_EDF")
 
 
 class Attention(nn.Module):
@@ -135,16 +151,26 @@ class LanguageModel(nn.Module):
         """The mixture of experts of each block."""
         return tuple(block.moe for block in self._blocks())
 
-    def forward(self, tokens_BS: Tensor, rule: TrainingRule) -> tuple[Tensor, Tensor]:
-        """The training path: (logits [B, S, V], the sum of the layers' balance losses)."""
+    def forward(
+        self,
+        tokens_BS: Tensor,
+        rules: Sequence[TrainingRule | None],
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The training path: (logits [B, S, V], the sum of the routers' losses).
+
+        A rule a layer; a layer without one is left out, its attention too. `generator` is what `MoELayer` draws from.
+        """
         x_BSD = self.embedding(tokens_BS)
-        balance_loss = torch.zeros((), device=x_BSD.device)
-        for block in self._blocks():
+        router_loss = torch.zeros((), device=x_BSD.device)
+        for block, rule in zip(self._blocks(), rules, strict=True):
+            if rule is None:
+                continue
             x_BSD = x_BSD + block.attention(block.norm_attention(x_BSD), self.turn_2SX[:, : tokens_BS.shape[1]])
-            out_TD, layer_loss = block.moe(block.norm_moe(x_BSD).flatten(0, 1), rule)
+            out_TD, layer_loss = block.moe(block.norm_moe(x_BSD).flatten(0, 1), rule, generator)
             x_BSD = x_BSD + out_TD.view(x_BSD.shape)
-            balance_loss = balance_loss + layer_loss
-        return self.head(self.norm(x_BSD)), balance_loss
+            router_loss = router_loss + layer_loss
+        return self.head(self.norm(x_BSD)), router_loss
 
     @torch.no_grad()
     def routed(
@@ -157,28 +183,40 @@ class LanguageModel(nn.Module):
         states: Sequence[State] | None = None,
         history: RoutingHistory | None = None,
         prices: RoutePrices | None = None,
+        part: SubNetwork | None = None,
     ) -> RoutedStep:
         """One step of all B * S tokens under `policy`: only the pairs it keeps are computed.
 
         `source_rank_T` says which of `ranks` holds each token (all of them rank 0 if it is None), `states` what the
         policy remembers in each layer (nothing if it is None); `history` and `prices` are what a policy may ask for.
+        `part`: only this much of the model is there (None: all of it), and a next call may take another part; layers
+        and experts count what is there. The policy says how many experts a token uses: `part.policy` does as the part.
         """
         x_BSD = self.embedding(tokens_BS)
         if source_rank_T is None:
             source_rank_T = torch.zeros(tokens_BS.numel(), dtype=torch.int64, device=tokens_BS.device)
         assignments, next_states = [], []
-        for layer, block in enumerate(self._blocks()):
+        part = part or self.config.whole
+        part.check_within(self.config.layers, self.config.experts, self.config.null_experts)
+        blocks = self._blocks()
+        for layer, (whole_layer, experts_E) in enumerate(zip(part.layers_L, part.experts_LE, strict=True)):
+            block = blocks[whole_layer]
             x_BSD = x_BSD + block.attention(block.norm_attention(x_BSD), self.turn_2SX[:, : tokens_BS.shape[1]])
             context = RouteContext(
                 layer=layer,
                 ranks=ranks,
                 renormalise=self.config.renormalise,
-                top_k=self.config.top_k,
+                top_k=part.top_k,
                 history=history,
                 prices=prices,
             )
             out_TD, assignment, state = block.moe.routed(
-                block.norm_moe(x_BSD).flatten(0, 1), policy, context, source_rank_T, states[layer] if states else {}
+                block.norm_moe(x_BSD).flatten(0, 1),
+                policy,
+                context,
+                source_rank_T,
+                states[layer] if states else {},
+                kept=None if len(experts_E) == self.config.experts else experts_E,
             )
             x_BSD = x_BSD + out_TD.view(x_BSD.shape)
             assignments.append(assignment)
@@ -186,8 +224,40 @@ class LanguageModel(nn.Module):
         logits_BSV = self.head(self.norm(x_BSD))
         return RoutedStep(logits_BSV=logits_BSV, assignments=tuple(assignments), states=tuple(next_states))
 
-    def spec(self) -> ModelSpec:
-        """The model as the simulator sees it: float32 weights, activations and key-value cache."""
+    def extract(self, part: SubNetwork) -> "LanguageModel":
+        """The part as a model of its own, with copies of its weights and none of the others.
+
+        Errors: `InputError` where it is no part of this one.
+        """
+        config = self.config
+        part.check_within(config.layers, config.experts, config.null_experts)
+        small = LanguageModel(
+            replace(
+                config,
+                layers=part.depth,
+                experts=part.experts,
+                top_k=part.top_k,
+                top_k_L=None if len(set(part.top_k_L)) == 1 else part.top_k_L,
+            )
+        )
+        ours = self.state_dict()
+        weights = {name: value for name, value in ours.items() if not name.startswith("blocks.")}
+        for layer, (whole_layer, experts_E) in enumerate(zip(part.layers_L, part.experts_LE, strict=True)):
+            kept = torch.tensor(experts_E)
+            with_nulls = torch.cat((kept, torch.arange(config.experts, config.experts + config.null_experts)))
+            prefix = f"blocks.{whole_layer}."
+            for name, value in ours.items():
+                if not name.startswith(prefix):
+                    continue
+                inside = name.removeprefix(prefix)
+                rows = {"moe.gate.weight": with_nulls, **dict.fromkeys(_EXPERT_WEIGHTS, kept)}.get(inside)
+                weights[f"blocks.{layer}.{inside}"] = value if rows is None else value[rows]
+        small.load_state_dict(weights)
+        small.train(self.training)
+        return small
+
+    def spec(self, name: str = "reference") -> ModelSpec:
+        """The model as the simulator sees it, by `name`: float32 weights, activations and key-value cache."""
         config = self.config
         expert_parameters = sum(
             weight.numel() for moe in self.moe_layers for weight in (moe.w_gate_EFD, moe.w_up_EFD, moe.w_down_EDF)
@@ -197,7 +267,7 @@ class LanguageModel(nn.Module):
         )
         all_parameters = sum(weight.numel() for weight in self.parameters())
         return ModelSpec(
-            name="reference",
+            name=name,
             layers=config.layers,
             experts=config.experts,
             top_k=config.top_k,

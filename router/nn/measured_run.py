@@ -17,7 +17,7 @@ from router.history import RoutingHistory
 from router.nn.expert_parallel import ExpertParallelMoE, MoEWeights, check_runnable
 from router.nn.microbench import probe_of
 from router.nn.record import layer_inputs
-from router.nn.store import ReferenceModel
+from router.nn.store import TrainedModel
 from router.placement.base import Placement
 from router.policies import RoutingPolicy
 from router.prices import RoutePrices
@@ -64,7 +64,7 @@ class MeasuredRun:
 
 
 def measure_deployments(
-    reference: ReferenceModel,
+    reference: TrainedModel,
     trace: RoutingTrace,
     steps: Sequence[Step],
     deployments: Sequence[Deployment],

@@ -6,14 +6,14 @@ from numpy.typing import NDArray
 
 from router.context import RouteContext
 from router.nn.record import layer_inputs
-from router.nn.store import ReferenceModel
+from router.nn.store import TrainedModel
 from router.nn.threads import one_thread
 from router.policies import RoutingPolicy
 from router.policies.top_k import TopK
 from traces.trace import RoutingTrace
 
 
-def measured_output_error(reference: ReferenceModel, trace: RoutingTrace) -> NDArray[np.float64]:
+def measured_output_error(reference: TrainedModel, trace: RoutingTrace) -> NDArray[np.float64]:
     """The relative error of every MoE layer at each k from 1 to the model's K: [L, K], 0 in the last column.
 
     ||y_k - y_K|| / ||y_K||, the mean over the tokens of `trace`, where y_k is the layer's output when a token uses only

@@ -5,7 +5,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from router.nn.store import ReferenceModel
+from router.nn.store import TrainedModel
 from router.nn.threads import one_thread
 from traces.capture import RouterCapture
 from traces.errors import InputError
@@ -15,7 +15,7 @@ from traces.trace import PREFILL, RoutingTrace
 _STEP_SEQUENCES = 16
 
 
-def record(reference: ReferenceModel, *, tokens: int, seed: int) -> RoutingTrace:
+def record(reference: TrainedModel, *, tokens: int, seed: int) -> RoutingTrace:
     """Route `tokens` bytes of held-out text at the model's own policy and record all candidates of each.
 
     These are the E experts and the null ones. Each sequence of the context's length is one request; requests take the
@@ -52,7 +52,7 @@ def record(reference: ReferenceModel, *, tokens: int, seed: int) -> RoutingTrace
     )
 
 
-def layer_inputs(reference: ReferenceModel, trace: RoutingTrace) -> Tensor:
+def layer_inputs(reference: TrainedModel, trace: RoutingTrace) -> Tensor:
     """What entered each MoE layer for the tokens of `trace`: [L, T, D] float32.
 
     Errors: `InputError` if another model or corpus gave the trace.
@@ -73,7 +73,7 @@ def layer_inputs(reference: ReferenceModel, trace: RoutingTrace) -> Tensor:
     return torch.from_numpy(capture.hidden_LTD())[:, rows_T]
 
 
-def _run(reference: ReferenceModel, text_NS: NDArray[np.uint8]) -> None:
+def _run(reference: TrainedModel, text_NS: NDArray[np.uint8]) -> None:
     with one_thread():
         for text_BS in torch.split(torch.from_numpy(text_NS.astype(np.int64)), _STEP_SEQUENCES):
             reference.model.routed(text_BS, reference.model.config.policy)

@@ -173,11 +173,15 @@ def values_of(part: Part) -> dict[str, Any]:
 def _describe(part: Part) -> str:
     defaults = {field.name: field.default for field in fields(part)}  # type: ignore[arg-type]  # leaves are dataclasses
     inside = ", ".join(
-        f"{name}={value if isinstance(value, str | bool) else format(value, '.4g')}"
-        for name, value in values_of(part).items()
-        if value != defaults[name]
+        f"{name}={_in_words(value)}" for name, value in values_of(part).items() if value != defaults[name]
     )
     return f"{part.name}({inside})"
+
+
+def _in_words(value: Any) -> str:
+    if isinstance(value, tuple):
+        return "/".join(map(_in_words, value))
+    return str(value) if isinstance(value, str | bool) else format(value, ".4g")
 
 
 def needs_with(part: type[Part], parameter: str, value: Any) -> tuple[str, ...]:

@@ -4,12 +4,12 @@ from pathlib import Path
 import pytest
 
 from router.nn.lm import LanguageModelConfig
-from router.nn.store import ReferenceModel, reference_model
+from router.nn.store import TrainedModel, reference_model
 from router.nn.text import Corpus, load_corpus
-from router.nn.train import Recipe
+from router.nn.train import Hyperparameters
 
 TINY = LanguageModelConfig(hidden=32, layers=2, heads=2, experts=8, expert_hidden=16, top_k=2, context=32)
-SHORT = Recipe(steps=8, batch=4)
+SHORT = Hyperparameters(steps=8, batch=4)
 
 
 @pytest.fixture(scope="session")
@@ -26,5 +26,5 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def reference(cache: Path) -> ReferenceModel:
-    return reference_model(config=TINY, recipe=SHORT)
+def reference(cache: Path) -> TrainedModel:
+    return reference_model(config=TINY, hyper=SHORT)

@@ -12,9 +12,9 @@ from router.context import RouteContext
 from router.nn.evaluate import held_out_loss, paired_difference
 from router.nn.lm import LanguageModel, LanguageModelConfig
 from router.nn.moe import TrainingRule
-from router.nn.store import ReferenceModel
+from router.nn.store import TrainedModel
 from router.nn.text import Corpus
-from router.nn.train import Recipe, train
+from router.nn.train import Hyperparameters, train
 from router.policies import RoutingPolicy
 from router.policies.top_k import TopK
 from traces.errors import InputError
@@ -42,7 +42,7 @@ def test_training_and_deployed_paths_agree(changes: dict[str, Any]) -> None:
     text_BS = torch.randint(256, (3, 16), generator=torch.Generator().manual_seed(1))
     small = model(**changes)
     with torch.no_grad():
-        trained_BSV, _ = small(text_BS, TrainingRule(top_k=2, capacity_factor=4.0))
+        trained_BSV, _ = small(text_BS, [TrainingRule(top_k=2, capacity_factor=4.0)] * 2)
     torch.testing.assert_close(small.routed(text_BS, SMALL.policy).logits_BSV, trained_BSV, atol=1e-5, rtol=1e-5)
 
 
@@ -94,7 +94,7 @@ class SecondChoiceMoves(Capacity):
         return replace(assignment, ids_TK=ids_TK, rerouted_TK=moved_TK)
 
 
-def test_rerouted_pairs_count_where_they_are_computed(reference: ReferenceModel) -> None:
+def test_rerouted_pairs_count_where_they_are_computed(reference: TrainedModel) -> None:
     config, corpus = reference.model.config, reference.corpus
     policy = RoutingPolicy(selection=TopK(k=2), capacity=SecondChoiceMoves(factor=1.0))
     run = held_out_loss(reference.model, corpus, policy, sequences=8, ranks=1, tokens_per_rank=8 * config.context)
@@ -108,8 +108,8 @@ def test_null_experts_are_learnt_and_used(corpus: Corpus) -> None:
     config = LanguageModelConfig(
         hidden=32, layers=2, heads=2, experts=8, expert_hidden=16, top_k=3, context=32, null_experts=2
     )
-    recipe = Recipe(steps=100, batch=8, limit_s=600.0)
-    trained, run = train(config, corpus, recipe, lambda done, message: None)
+    hyper = Hyperparameters(steps=100, batch=8, limit_s=600.0)
+    trained, run = train(config, corpus, hyper, lambda done, message: None)
     assert run.steps == 100
     loss = held_out_loss(trained, corpus, config.policy, sequences=16, ranks=1, tokens_per_rank=8 * 32)
     untrained = held_out_loss(
@@ -124,7 +124,7 @@ def test_null_experts_are_learnt_and_used(corpus: Corpus) -> None:
     assert loss.experts_per_token == pytest.approx(3 * (1 - null_share_L.mean()))
 
 
-def test_policies_are_compared_on_the_same_text(reference: ReferenceModel) -> None:
+def test_policies_are_compared_on_the_same_text(reference: TrainedModel) -> None:
     context = reference.model.config.context
     full, again, capped = (
         held_out_loss(reference.model, reference.corpus, policy, sequences=16, ranks=2, tokens_per_rank=4 * context)

@@ -6,18 +6,18 @@ from router.candidates import Candidates
 from router.history import RoutingHistory
 from router.nn.output_error import measured_output_error
 from router.nn.record import layer_inputs, record
-from router.nn.store import ReferenceModel
+from router.nn.store import TrainedModel
 from traces.errors import InputError
 from traces.trace import RoutingTrace
 
 
 @pytest.fixture(scope="module")
-def trace(reference: ReferenceModel) -> RoutingTrace:
+def trace(reference: TrainedModel) -> RoutingTrace:
     return record(reference, tokens=4 * reference.model.config.context, seed=9)
 
 
 @torch.no_grad()
-def test_the_error_of_one_expert_is_that_of_its_output_alone(reference: ReferenceModel, trace: RoutingTrace) -> None:
+def test_the_error_of_one_expert_is_that_of_its_output_alone(reference: TrainedModel, trace: RoutingTrace) -> None:
     """Against each expert's own formula: with k = 1 a token's best expert weighs 1."""
     error_LK = measured_output_error(reference, trace)
     assert error_LK.shape == (2, 2)
@@ -35,7 +35,7 @@ def test_the_error_of_one_expert_is_that_of_its_output_alone(reference: Referenc
         assert error_LK[layer, 0] == pytest.approx(error_T.mean().item(), rel=1e-4)
 
 
-def test_measured_errors_fit_the_history_of_the_same_trace(reference: ReferenceModel, trace: RoutingTrace) -> None:
+def test_measured_errors_fit_the_history_of_the_same_trace(reference: TrainedModel, trace: RoutingTrace) -> None:
     error_LK = measured_output_error(reference, trace)
     history = RoutingHistory.of(trace).with_output_error(error_LK)
     assert history.measured
@@ -43,7 +43,7 @@ def test_measured_errors_fit_the_history_of_the_same_trace(reference: ReferenceM
     assert (error_LK[:, 0] > 0).all()
 
 
-def test_a_trace_of_another_model_is_refused(reference: ReferenceModel, trace: RoutingTrace) -> None:
+def test_a_trace_of_another_model_is_refused(reference: TrainedModel, trace: RoutingTrace) -> None:
     trace.text["model"], own = "another", trace.text["model"]
     try:
         with pytest.raises(InputError, match=r"its model is another, the reference model's is"):

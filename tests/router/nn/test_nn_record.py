@@ -8,18 +8,19 @@ from torch import Tensor, nn
 from router.candidates import Candidates
 from router.context import RouteContext
 from router.nn.record import layer_inputs, record
-from router.nn.store import ReferenceModel, reference_model
+from router.nn.store import TrainedModel, reference_model
+from tests.router.nn.conftest import SHORT
 from traces.capture import RouterCapture
 from traces.errors import InputError
 from traces.trace import PREFILL, RoutingTrace
 
 
 @pytest.fixture(scope="module")
-def trace(reference: ReferenceModel) -> RoutingTrace:
+def trace(reference: TrainedModel) -> RoutingTrace:
     return record(reference, tokens=20 * reference.model.config.context, seed=5)
 
 
-def test_a_trace_has_every_candidate_best_first(reference: ReferenceModel, trace: RoutingTrace) -> None:
+def test_a_trace_has_every_candidate_best_first(reference: TrainedModel, trace: RoutingTrace) -> None:
     assert trace.candidates == trace.model.experts == 8
     assert trace.gates_TLC is not None
     assert bool((np.diff(trace.gates_TLC.astype(np.float32), axis=-1) <= 0).all())
@@ -31,14 +32,14 @@ def test_a_trace_has_every_candidate_best_first(reference: ReferenceModel, trace
         assert len(set(trace.domain_T[first : first + 4 * 32].tolist())) == len(trace.domains)
 
 
-def test_recording_again_gives_the_same_trace(reference: ReferenceModel, trace: RoutingTrace) -> None:
+def test_recording_again_gives_the_same_trace(reference: TrainedModel, trace: RoutingTrace) -> None:
     same = record(reference, tokens=trace.tokens, seed=5)
     assert np.array_equal(same.expert_ids_TLC, trace.expert_ids_TLC)
     assert same.text == trace.text
 
 
 @torch.no_grad()
-def test_layer_inputs_and_gate_give_back_the_recorded_ids(reference: ReferenceModel, trace: RoutingTrace) -> None:
+def test_layer_inputs_and_gate_give_back_the_recorded_ids(reference: TrainedModel, trace: RoutingTrace) -> None:
     inputs_LTD = layer_inputs(reference, trace)
     for layer, moe in enumerate(reference.model.moe_layers):
         # A gate over all tokens at once may differ in the last bit from one over a step of them.
@@ -48,9 +49,9 @@ def test_layer_inputs_and_gate_give_back_the_recorded_ids(reference: ReferenceMo
 
 
 @torch.no_grad()
-def test_a_model_with_other_gates_and_null_experts_is_recorded_as_it_routes(reference: ReferenceModel) -> None:
+def test_a_model_with_other_gates_and_null_experts_is_recorded_as_it_routes(reference: TrainedModel) -> None:
     config = replace(reference.model.config, gate="sigmoid", top_k=3, null_experts=2, null_kind="copy")
-    other = reference_model(config=config, recipe=reference.recipe)
+    other = reference_model(config=config, hyper=SHORT)
     trace = record(other, tokens=4 * config.context, seed=5)
     assert (trace.candidates, trace.score_kind, trace.model.null_experts) == (10, "sigmoid", 2)
     assert trace.gates_TLC is not None
@@ -67,18 +68,18 @@ def test_a_model_with_other_gates_and_null_experts_is_recorded_as_it_routes(refe
     assert used_LE.sum() < 3 * trace.tokens * config.layers  # some choices were null experts
 
 
-def test_layer_inputs_of_a_part_are_a_part_of_the_layer_inputs(reference: ReferenceModel, trace: RoutingTrace) -> None:
+def test_layer_inputs_of_a_part_are_a_part_of_the_layer_inputs(reference: TrainedModel, trace: RoutingTrace) -> None:
     some = np.arange(7, trace.tokens, 11)
     assert torch.equal(layer_inputs(reference, trace.take(some)), layer_inputs(reference, trace)[:, some])
 
 
-def test_a_trace_of_another_model_is_refused(reference: ReferenceModel, trace: RoutingTrace) -> None:
+def test_a_trace_of_another_model_is_refused(reference: TrainedModel, trace: RoutingTrace) -> None:
     for field in ("model", "corpus"):
         with pytest.raises(InputError, match=f"its {field} is other"):
             layer_inputs(reference, replace(trace, text={**trace.text, field: "other"}))
 
 
-def test_tokens_that_do_not_fill_sequences_are_refused(reference: ReferenceModel) -> None:
+def test_tokens_that_do_not_fill_sequences_are_refused(reference: TrainedModel) -> None:
     with pytest.raises(InputError, match="use 64"):
         record(reference, tokens=70, seed=0)
 

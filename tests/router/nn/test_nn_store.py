@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from router.nn.store import ReferenceModel, reference_model
+from router.nn.store import TrainedModel, reference_model
+from tests.router.nn.conftest import SHORT
 
-Again = Callable[[list[str]], ReferenceModel]
+Again = Callable[[list[str]], TrainedModel]
 
 
 @pytest.fixture
-def again(reference: ReferenceModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Again:
+def again(reference: TrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Again:
     """Ask for the same model once more, from a copy of the cache at `tmp_path`; progress messages go to the list."""
     folder = tmp_path / "moeroute" / "models" / reference.key
     folder.mkdir(parents=True)
@@ -20,10 +21,10 @@ def again(reference: ReferenceModel, tmp_path: Path, monkeypatch: pytest.MonkeyP
         (folder / file.name).write_bytes(file.read_bytes())
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
-    def ask(messages: list[str]) -> ReferenceModel:
+    def ask(messages: list[str]) -> TrainedModel:
         found = reference_model(
             config=reference.model.config,
-            recipe=reference.recipe,
+            hyper=SHORT,
             progress=lambda done, message: messages.append(message),
         )
         assert found.path == folder
@@ -32,7 +33,7 @@ def again(reference: ReferenceModel, tmp_path: Path, monkeypatch: pytest.MonkeyP
     return ask
 
 
-def test_a_model_is_trained_once(reference: ReferenceModel, again: Again) -> None:
+def test_a_model_is_trained_once(reference: TrainedModel, again: Again) -> None:
     messages: list[str] = []
     found = again(messages)
     assert reference.trained_now
@@ -43,8 +44,8 @@ def test_a_model_is_trained_once(reference: ReferenceModel, again: Again) -> Non
         assert torch.equal(ours, theirs)
 
 
-def test_info_tells_how_the_model_came_about(reference: ReferenceModel) -> None:
-    assert reference.info["steps"] == reference.recipe.steps
+def test_info_tells_how_the_model_came_about(reference: TrainedModel) -> None:
+    assert reference.info["steps"] == SHORT.steps
     assert set(reference.info["held_out"]) == {*reference.corpus.domains, "all"}
     assert sorted(path.name for path in reference.path.iterdir()) == ["info.json", "model.safetensors"]
 
@@ -66,7 +67,7 @@ def _flip(path: Path) -> None:
     ],
 )
 def test_a_damaged_cache_is_named_and_mended(
-    reference: ReferenceModel, again: Again, tmp_path: Path, name: str, damage: Callable[[Path], object]
+    reference: TrainedModel, again: Again, tmp_path: Path, name: str, damage: Callable[[Path], object]
 ) -> None:
     damage(tmp_path / "moeroute" / "models" / reference.key / name)
     messages: list[str] = []
