@@ -80,8 +80,7 @@ def trainings(seeds: Sequence[int], flops: float) -> list[Training]:
 def train_all(wanted: Sequence[Training], models: Path, processes: int = 2) -> Iterator[Training]:
     """Train what is not there; each training as its model is ready, in their order."""
     with get_context("spawn").Pool(processes) as pool:
-        for training in pool.imap(_train, [(training, models) for training in wanted]):
-            yield training
+        yield from pool.imap(_train, [(training, models) for training in wanted])
 
 
 def _train(work: tuple[Training, Path]) -> Training:

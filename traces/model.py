@@ -5,7 +5,7 @@ slots, G ranks, D hidden size, F expert intermediate size. These letters end arr
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
 from traces.errors import InputError
@@ -176,6 +176,30 @@ class ModelSpec:
         Null experts cost none: the mix of a constant one is two products of D, an expert's are thousands.
         """
         return 2.0 * self.layers * (experts_used * self.expert_parameters + self.shared_parameters)
+
+    def cut(self, *, layers: int, experts: int, top_k: int) -> "ModelSpec":
+        """The model with fewer layers, experts in each, and experts a token: what is gone takes no memory and no time.
+
+        Attention and the cache go with their layers, routers with their experts; dense layers, embeddings, shared and
+        null experts stay. Errors: `InputError` where there are fewer than asked for.
+        """
+        for field, kept in (("layers", layers), ("experts", experts)):
+            if not 1 <= kept <= getattr(self, field):
+                raise InputError(f"model {self.name}: {field} to keep are {kept}; use 1 to {getattr(self, field)}")
+        every = self.layers + self.dense_layers
+        cut_layers = self.layers - layers
+        attention = self.attention_parameters * cut_layers // every
+        routers = self.hidden * (self.layers * self.all_experts - layers * (experts + self.null_experts))
+        return replace(
+            self,
+            layers=layers,
+            experts=experts,
+            top_k=top_k,
+            expert_groups=1 if experts < self.experts else self.expert_groups,
+            other_parameters=max(self.other_parameters - attention - routers, 0),
+            attention_parameters=self.attention_parameters - attention,
+            kv_bytes_per_token=self.kv_bytes_per_token * (every - cut_layers) // every,
+        )
 
     def to_json(self) -> dict[str, Any]:
         """The spec as a JSON object; `ModelSpec(**document)` reads it back, and fields that it lacks are defaults."""

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from router.context import State
 from router.history import RoutingHistory
 from router.nn.lm import LanguageModel
-from router.nn.text import Corpus
+from router.nn.text import Corpus, Use
 from router.nn.threads import one_thread
 from router.policies import RoutingPolicy
 from router.prices import RoutePrices
@@ -79,12 +79,14 @@ def held_out_loss(
     history: RoutingHistory | None = None,
     prices: RoutePrices | None = None,
     part: SubNetwork | None = None,
+    use: Use = "measure",
 ) -> HeldOutLoss:
     """Run `sequences` fixed held-out sequences through `model` in steps of `ranks` * `tokens_per_rank` tokens.
 
     A rank holds whole sequences, and each step the same number of each domain where it can. Every call reads the
     same text, so the losses of two policies are paired. `history` and `prices` are what a policy may ask for. `part`:
-    only this much of the model is there; layers and experts then count what is.
+    only this much of the model is there; layers and experts then count what is. `use`: which half of the held-out text;
+    what is chosen by a loss is chosen on `record`, and judged on `measure`.
     Errors: `InputError` where sequences do not fill ranks or steps evenly, or the corpus has too few.
     """
     context, part = model.config.context, part or model.config.whole
@@ -96,7 +98,7 @@ def held_out_loss(
             f"{sequences} sequences do not fill steps of {sequences_per_step} ({ranks} ranks of {tokens_per_rank} "
             f"tokens); use a multiple of {sequences_per_step}"
         )
-    text_NS, domain_N = corpus.sequences(sequences, context + 1, _SEED, use="measure")
+    text_NS, domain_N = corpus.sequences(sequences, context + 1, _SEED, use=use)
     text = torch.from_numpy(text_NS.astype(np.int64))
     source_rank_T = torch.arange(ranks).repeat_interleave(tokens_per_rank)
     chosen_LE = np.zeros((part.depth, part.experts), dtype=np.int64)

@@ -148,7 +148,7 @@ def load_model(folder: Path) -> TrainedModel:
     corpus = load_corpus()
     if digest != corpus.digest:
         raise InputError(
-            f"{folder}: trained on other text than this installation has, of which none is surely held out; train it here"
+            f"{folder}: trained on other text than this installation has, so that none is surely held out; train it"
         )
     model.eval()
     return TrainedModel(

@@ -1,0 +1,109 @@
+"""What a part of a model costs and what it still knows: loss, parameters, FLOPs, seconds on this CPU."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from router.nn.evaluate import HeldOutLoss, held_out_loss
+from router.nn.flops import forward_flops_per_token
+from router.nn.lm import LanguageModel
+from router.nn.text import Corpus
+from router.nn.threads import one_thread
+from router.subnetwork import SubNetwork
+
+MEASURED_SEQUENCES = 256
+_STEP_SEQUENCES = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartSize:
+    """How much of a model a part is.
+
+    `activation`: pairs of a token and an expert of its own, over all that the whole model has, L * E a token.
+    `active_share` and `total_share`: parameters that a token meets, and all of them, over the whole model's (as the
+    whole model runs). `flops_per_token`: forward, in a whole context.
+    """
+
+    activation: float
+    active_share: float
+    total_share: float
+    flops_per_token: float
+
+
+def size_of(model: LanguageModel, part: SubNetwork) -> PartSize:
+    """The size of a part of `model`."""
+    whole = model.config.whole
+    active, total = _parameters(model, part)
+    all_active, all_total = _parameters(model, whole)
+    return PartSize(
+        activation=sum(part.top_k_L) / (whole.depth * whole.experts),
+        active_share=active / all_active,
+        total_share=total / all_total,
+        flops_per_token=forward_flops_per_token(model.config, part),
+    )
+
+
+def _parameters(model: LanguageModel, part: SubNetwork) -> tuple[int, int]:
+    """(those that a token meets, all): of a part, without making it."""
+    moe = model.moe_layers[0]
+    expert = sum(weight[0].numel() for weight in (moe.w_gate_EFD, moe.w_up_EFD, moe.w_down_EDF))
+    layer = sum(weight.numel() for weight in model.blocks[0].parameters()) - model.config.experts * expert
+    outside = sum(weight.numel() for name, weight in model.named_parameters() if not name.startswith("blocks."))
+    # The router has a row an expert.
+    router = (model.config.experts - part.experts) * model.config.hidden
+    around = outside + part.depth * (layer - router)
+    return around + sum(part.top_k_L) * expert, around + part.depth * part.experts * expert
+
+
+def measured_loss(
+    model: LanguageModel, corpus: Corpus, part: SubNetwork, *, sequences: int = MEASURED_SEQUENCES
+) -> HeldOutLoss:
+    """The loss of a part on the held-out text that no part was chosen by."""
+    return held_out_loss(
+        model,
+        corpus,
+        part.policy,
+        sequences=sequences,
+        ranks=1,
+        tokens_per_rank=_STEP_SEQUENCES * model.config.context,
+        part=part,
+    )
+
+
+def k_curve(
+    model: LanguageModel, corpus: Corpus, top_ks: Sequence[int], *, sequences: int = MEASURED_SEQUENCES
+) -> list[HeldOutLoss]:
+    """The loss with each number of experts a token in all layers, paired: all on the same text."""
+    whole = model.config.whole
+    return [
+        measured_loss(model, corpus, replace(whole, top_k_L=(top_k,) * whole.depth), sequences=sequences)
+        for top_k in top_ks
+    ]
+
+
+def step_seconds(
+    model: LanguageModel, corpus: Corpus, parts: Sequence[SubNetwork], *, rounds: int, seed: int = 0
+) -> NDArray[np.float64]:
+    """CPU seconds of a step of each part, cut out and run on one thread: [R, J], a row a round.
+
+    A step is 16 sequences of the context's length. Every round runs all parts, in an order of its own, so that a
+    machine that drifts slows all alike; compare inside rounds.
+    """
+    text_NS, _ = corpus.sequences(_STEP_SEQUENCES, model.config.context, seed, use="measure")
+    text_BS = torch.from_numpy(text_NS.astype(np.int64))
+    models = [model.extract(part) for part in parts]
+    order = np.random.default_rng(seed)
+    seconds_RJ = np.zeros((rounds, len(parts)))
+    with one_thread():
+        for part_model in models:
+            part_model.routed(text_BS, part_model.config.policy)  # warm up
+        for seconds_J in seconds_RJ:
+            for index in order.permutation(len(parts)):
+                start_s = time.process_time()
+                models[index].routed(text_BS, models[index].config.policy)
+                seconds_J[index] = time.process_time() - start_s
+    return seconds_RJ
