@@ -7,6 +7,7 @@ was stopped goes on.
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -91,11 +92,14 @@ def _train(work: tuple[Training, Path]) -> Training:
             config=training.config,
             hyper=training.hyper,
             folder=models / training.id,
-            progress=lambda done, message: (
-                done == 1.0 and print(f"{training.id}: {message}", file=sys.stderr, flush=True)
-            ),
+            progress=partial(_report, training.id),
         )
     return training
+
+
+def _report(name: str, done: float, message: str) -> None:
+    if done == 1.0:
+        print(f"{name}: {message}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from scipy.stats import spearmanr
 
 from router.history import RoutingHistory
 from router.nn.evaluate import HeldOutLoss, held_out_loss, paired_difference
-from router.nn.measured_run import Deployment, MeasuredRun, measure_deployments
+from router.nn.measured_run import Deployment, MeasuredRun, RecordedLayers, measure_deployments
 from router.nn.microbench import calibrate
 from router.nn.output_error import measured_output_error
 from router.nn.record import record
@@ -156,8 +156,10 @@ def reference_rows(
     """Every policy on the reference model, run for real on the CPU, and simulated at scale."""
     placement, history = cpu.placement, cpu.replay.history
     assert history is not None
+    layers = RecordedLayers.of(reference, cpu.replay.trace, cpu.replay.steps)
     real = [
         Deployment(
+            layers=layers,
             policy=case.policy,
             placement=placement,
             replica_choice="even",
@@ -167,9 +169,7 @@ def reference_rows(
         )
         for case in cpu.cases
     ]
-    measured = measure_deployments(
-        reference, cpu.replay.trace, cpu.replay.steps, real, rounds=rounds, seed=0, device="cpu"
-    )
+    measured = measure_deployments(real, calibrated=cpu.replay.trace.model, rounds=rounds, seed=0, device="cpu")
     at_scale = {case.key: case for case in h100.cases}
     larger = {case.key: case for case in dsv3.cases}
     plain = next(case for case in cpu.cases if case.parameters == {"top_k.k": reference.spec.top_k})
