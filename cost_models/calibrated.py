@@ -34,7 +34,8 @@ Features = Mapping[str, NDArray[np.float64]]
 
 
 def _gate(op: Gate) -> Features:
-    return {"call": np.ones(np.shape(op.tokens_X)), "token": op.tokens_X}
+    # Scores apart from tokens, so that parts of a model with fewer experts are priced too.
+    return {"call": np.ones(np.shape(op.tokens_X)), "token": op.tokens_X, "score": op.tokens_X * op.experts}
 
 
 def _route(op: Route) -> Features:
@@ -96,8 +97,8 @@ def features(operation: Operation) -> Features:
 def shape_of(operation: Operation) -> dict[str, float]:
     """The widths that an operation's coefficients hold for; another width needs another calibration."""
     match operation:
-        case Gate(hidden=hidden, experts=experts):
-            return {"hidden": hidden, "experts": experts}
+        case Gate(hidden=hidden):
+            return {"hidden": hidden}
         case Experts():
             widths = np.unique(operation.expert_hidden)
             if widths.size > 1:

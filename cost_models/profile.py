@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from traces.errors import InputError
 from traces.files import read_document, write_json
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 class _Strict(BaseModel):

@@ -1,7 +1,7 @@
 """SubNetwork: the part of a model that runs when depth, experts and k are cut, without training it again."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Self
 
@@ -111,6 +111,25 @@ class SubNetwork:
         last = max(experts_E[-1] for experts_E in self.experts_LE)
         if last >= experts:
             raise InputError(f"a sub-network keeps expert {last}; the model has {experts}, from 0")
+
+    def of(self, outer: Self) -> Self:
+        """The same part, of `outer`, as a part of what `outer` is itself a part of.
+
+        >>> outer = SubNetwork(layers_L=(0, 2), experts_LE=((1, 4), (0, 5)), top_k_L=(2, 2))
+        >>> SubNetwork(layers_L=(1,), experts_LE=((1,),), top_k_L=(1,)).of(outer).to_json()
+        {'layers': [2], 'experts': [[5]], 'top_k': [1]}
+
+        Errors: `InputError` where it is no part of it.
+        """
+        self.check_within(outer.depth, outer.experts, null_experts=self.top_k)  # its k is for its model to check
+        return replace(
+            self,
+            layers_L=tuple(outer.layers_L[layer] for layer in self.layers_L),
+            experts_LE=tuple(
+                tuple(outer.experts_LE[layer][expert] for expert in experts_E)
+                for layer, experts_E in zip(self.layers_L, self.experts_LE, strict=True)
+            ),
+        )
 
     def describe(self) -> str:
         """In a few words.

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from router.capacity import Limit
 from router.parameters import Parameter, parameters_of
@@ -19,9 +19,12 @@ from router.policies import (
     make_selection,
     values_of,
 )
-from router.policies.base import Adjustment
+from router.policies.base import Adjustment, Selection
+from router.policies.k_of_layers import fixed_k
+from router.policies.top_k import TopK
 from router.replicas import ReplicaChoice
 from router.splits import SPLITS
+from traces.errors import InputError
 
 
 class Strict(BaseModel):
@@ -62,6 +65,49 @@ class PlacementChoice(Strict):
         away = f" away {100 * self.away_share:.3g}%" if self.away_share < 1 else ""
         resident = f" resident {100 * self.resident_share:.3g}%" if self.resident_share < 1 else ""
         return self.algorithm + replicas + away + resident
+
+
+class SubnetworkChoice(Strict):
+    """How much of the scenario's `elastic` model runs: `depth` layers, `experts` a layer, `top_k` experts a token.
+
+    What is left out is the model's own. `top_k` is one number, or one for each layer that stays. Which layers and
+    experts stay is measured on the model (`router.elastic.extract.choose_part`).
+    """
+
+    depth: int | None = Field(default=None, ge=1)
+    experts: int | None = Field(default=None, ge=1)
+    top_k: int | tuple[int, ...] | None = None
+
+    @field_validator("top_k", mode="before")
+    @classmethod
+    def _one_way_to_write_it(cls, top_k: Any, info: ValidationInfo) -> Any:
+        if top_k is None:
+            return None
+        top_k_L = tuple(top_k) if isinstance(top_k, list | tuple) else (top_k,)
+        if not top_k_L or not all(type(k) is int and k >= 1 for k in top_k_L):
+            raise ValueError("write one whole number from 1, or one for each layer that stays, as [2, 1, 2]")
+        if not isinstance(top_k, list | tuple):
+            return top_k
+        depth = info.data.get("depth")
+        if depth is not None and len(top_k_L) != depth:
+            raise ValueError(f"{len(top_k_L)} numbers for {depth} layers that stay; give one, or one a layer")
+        return top_k_L[0] if depth is not None and len(set(top_k_L)) == 1 else top_k_L
+
+    @property
+    def selection(self) -> Selection:
+        """Its k of every layer, as a policy. Errors: `InputError` where only the model knows it."""
+        if self.top_k is None:
+            raise InputError("subnetwork.top_k is the model's own, which a config alone does not know; give it")
+        return fixed_k(self.top_k if isinstance(self.top_k, tuple) else (self.top_k,))
+
+    def describe(self) -> str:
+        """Its size in a few words.
+
+        >>> SubnetworkChoice(depth=4, experts=8, top_k=2).describe()
+        '4 layers of 8 experts'
+        """
+        layers = "all layers" if self.depth is None else f"{self.depth} layer{'s'[: self.depth > 1]}"
+        return f"{layers} of {'all' if self.experts is None else self.experts} experts"
 
 
 class PartChoice(BaseModel):
@@ -122,6 +168,7 @@ class Config(Strict):
     """One point of the search: a selection with its parameters, an adjustment, a capacity and a placement.
 
     `weights`: of the experts that a token uses, see `RoutingPolicy`; the search leaves it as it is by default.
+    `subnetwork`: the part of an elastic model that runs; it has its own k, so that `top_k` has no parameters then.
     """
 
     policy: str
@@ -130,6 +177,8 @@ class Config(Strict):
     capacity: CapacityChoice | None = None
     weights: Weights = "renormalised"
     placement: PlacementChoice = PlacementChoice()
+    # Left out of what is written where there is none, so that what is not elastic stays as it was.
+    subnetwork: SubnetworkChoice | None = Field(default=None, exclude_if=lambda value: value is None)
 
     @model_validator(mode="before")
     @classmethod
@@ -140,6 +189,15 @@ class Config(Strict):
         if not isinstance(parameters, dict):
             raise ValueError(f"parameters are {parameters!r}; write them by name, as {{k: 4}}")
         none = {part: None for part in ("adjustment", "capacity") if document.get(part) == "none"}
+        if document.get("subnetwork") is not None:
+            if document["policy"] != TopK.name or parameters:
+                raise ValueError(
+                    "a subnetwork uses the best k of its experts, by its own top_k: "
+                    "write policy: top_k without parameters, and k as subnetwork.top_k"
+                )
+            if document.get("weights", "renormalised") != "renormalised":
+                raise ValueError("a subnetwork scales the weights of its own k to one; leave weights out")
+            return {**document, **none}
         return {**document, **none, "parameters": in_full(make_selection, document["policy"], parameters)}
 
     @model_validator(mode="after")
@@ -160,7 +218,9 @@ class Config(Strict):
     def routing_policy(self) -> RoutingPolicy:
         """The policy as the simulator and the real layer run it."""
         return RoutingPolicy(
-            selection=make_selection(self.policy, self.parameters),
+            selection=make_selection(self.policy, self.parameters)
+            if self.subnetwork is None
+            else self.subnetwork.selection,
             adjustment=None if self.adjustment is None else self.adjustment.part(),
             capacity=None if self.capacity is None else self.capacity.part(),
             weights=self.weights,
@@ -171,8 +231,13 @@ class Config(Strict):
         return json.dumps(self.model_dump(mode="json"), sort_keys=True)
 
     def describe(self) -> str:
-        """In a few words."""
-        return f"{self.routing_policy().describe()} {self.placement.describe()}"
+        """In a few words.
+
+        >>> Config(policy="top_k", subnetwork=SubnetworkChoice(depth=3, experts=8, top_k=(2, 1, 2))).describe()
+        '3 layers of 8 experts top_k(k_L=2/1/2) contiguous'
+        """
+        part = "" if self.subnetwork is None else f"{self.subnetwork.describe()} "
+        return f"{part}{self.routing_policy().describe()} {self.placement.describe()}"
 
 
 def in_full(make: Callable[[str, Mapping[str, Any]], Part], name: str, parameters: Mapping[Any, Any]) -> dict[str, Any]:

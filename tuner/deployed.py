@@ -23,16 +23,29 @@ from tuner.scenario import parse_scenario
 # 16 experts, top 4, as the reference model has.
 DEPLOYED_AS = "dbrx"
 RANKS = 8
+# By the experts of a layer: the published models that small ones can stand for.
+_SHAPES = {16: DEPLOYED_AS, 8: "mixtral-8x7b"}
+
+
+def deployed_shape(experts: int) -> ModelSpec:
+    """The published model that one of so many experts stands for. Errors: `InputError` where there is none."""
+    if experts not in _SHAPES:
+        known = " or ".join(str(count) for count in sorted(_SHAPES))
+        raise InputError(
+            f"no published model that is simulated has {experts} experts a layer; a model of {known} can be deployed"
+        )
+    return preset(_SHAPES[experts])
 
 
 def deployed_trace(trace: RoutingTrace, part: SubNetwork, of_layers: int, shape: ModelSpec) -> RoutingTrace:
     """The trace of a part, of a model of `of_layers` layers, as one of the same part of `shape`.
 
-    Errors: `InputError` where `shape` has fewer experts than the part, or fewer layers than the model.
+    Errors: `InputError` where `shape` has fewer experts than the part, or fewer layers than the model, or the model has
+    null experts.
     """
-    if shape.layers < of_layers:
-        raise InputError(f"{shape.name} has {shape.layers} layers, fewer than the {of_layers} that were recorded")
-    layers = max(round(shape.layers * part.depth / of_layers), 1)
+    if trace.model.null_experts:
+        raise InputError(f"trace {trace.source}: its model has null experts, which {shape.name} has not")
+    layers = deployed_layers(part, of_layers, shape)
     model = shape.cut(layers=layers, experts=part.experts, top_k=part.top_k)
     recorded_L = _recorded(layers, part.depth)
     return replace(
@@ -42,6 +55,13 @@ def deployed_trace(trace: RoutingTrace, part: SubNetwork, of_layers: int, shape:
         gates_TLC=None if trace.gates_TLC is None else trace.gates_TLC[:, recorded_L],
         source=f"{trace.source}, at the widths of {shape.name}",
     )
+
+
+def deployed_layers(part: SubNetwork, of_layers: int, shape: ModelSpec) -> int:
+    """The layers of `shape` that are as large a share of them as the part's are of `of_layers`."""
+    if shape.layers < of_layers:
+        raise InputError(f"{shape.name} has {shape.layers} layers, fewer than the {of_layers} of the model")
+    return max(round(shape.layers * part.depth / of_layers), 1)
 
 
 def _recorded(layers: int, depth: int) -> Any:
@@ -61,8 +81,9 @@ def deployed_report(
 ) -> Report:
     """A decode step of the part on eight H100s, kernels as measured, experts placed by the first half of the trace.
 
-    `trace` is recorded with the part running. As many slots a rank as its experts need; where they do not divide,
-    some experts have two. Errors: `InputError` where the trace is too short.
+    `trace` is recorded with the part running. `shape` (None: DBRX) has as many experts as the model that the part is
+    of (`deployed_shape`). As many slots a rank as the part's experts need; where they do not divide, some experts have
+    two. Errors: `InputError` where the trace is too short, and as `deployed_trace`.
     """
     shape = shape or preset(DEPLOYED_AS)
     deployed = deployed_trace(trace, part, of_layers, shape)

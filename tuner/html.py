@@ -22,6 +22,7 @@ from sim.report import Report
 from traces.stats import TraceStats
 from tuner import html_page as h
 from tuner.html_plot import figure_text, load_axis, log_load, plot, write_page
+from tuner.html_quality import KEPT_IN_SUMMARY, LOST_IN_SUMMARY, Quality
 from tuner.study import StudyResult, Trial
 
 if TYPE_CHECKING:  # loads torch, which a page needs nothing of
@@ -32,7 +33,6 @@ _POLICY_SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross")
 _LEGEND = 8  # kinds of policy with a colour of their own; the others share the last one
 _ROLE_COLOURS = {"baseline": "#1f2933", "winner": "#0072b2", "random": "#6b7785"}
 _BAR_COLOURS = (("#b3bac2", "#4a5561"), ("#8fc1e3", "#0072b2"))  # predicted and measured, of baseline and winner
-_KEPT_IN_SUMMARY = 0.95
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,13 +86,15 @@ def _headline(page: ReportPage) -> str:
 
 
 def _prediction(study: StudyResult) -> str:
-    found = f"Of {len(study.trials)} trials, {len(study.front)} are on the front of step time against gate mass. "
-    keeping = [trial for trial in study.front if trial.gate_mass >= _KEPT_IN_SUMMARY]
+    baseline, quality = study.trials[0], Quality.of(study)
+    found = f"Of {len(study.trials)} trials, {len(study.front)} are on the front of step time against {quality.name}. "
+    least = (1 + LOST_IN_SUMMARY) * baseline.quality if study.by_loss else KEPT_IN_SUMMARY
+    keeping = [trial for trial in study.front if trial.quality >= least]
     if not keeping:
         return found
-    speedup = study.trials[0].step_s / keeping[0].step_s
+    speedup = baseline.step_s / keeping[0].step_s
     return found + (
-        f"The fastest that keeps at least {_KEPT_IN_SUMMARY:.0%} of it is predicted at {speedup:.2f} times "
+        f"The fastest {quality.in_summary} is predicted at {speedup:.2f} times "
         f"the baseline's speed: {escape(keeping[0].config.describe())}."
     )
 
@@ -101,6 +103,11 @@ def _configurations(page: ReportPage) -> str:
     if page.validation is None:
         return _predicted_table(page.study)
     baseline = page.validation.runs[0]
+    named = (
+        "the loss that they add at most to the baseline's, each over that, in the study"
+        if page.study.by_loss
+        else "the gate mass that they keep at least in the study"
+    )
     rows = [
         (
             _badge(number, run.role) + f'<span class="name">{escape(run.name)}</span>',
@@ -129,7 +136,7 @@ def _configurations(page: ReportPage) -> str:
     return h.table(head, rows, words=2) + h.paragraph(
         f"Speed-ups and loss changes are against the baseline, whose held-out loss is {baseline.loss:.3f} nats a byte. "
         "Brackets hold 95% intervals; a measured speed-up is bold where its whole interval is above 1. Winners are "
-        "named by the gate mass that they keep at least in the study; random configs show whether predictions "
+        f"named by {named}; random configs show whether predictions "
         "also hold where nothing was optimised." + h.NOTATION
     )
 
@@ -142,7 +149,7 @@ def _speedup(run: "ValidatedRun") -> str:
 
 
 def _predicted_table(study: StudyResult) -> str:
-    baseline = study.trials[0]
+    baseline, quality = study.trials[0], Quality.of(study)
     named = [("baseline", "baseline", baseline)]
     named += [(f"trial {trial.number}", "front", trial) for trial in study.front if trial is not baseline]
     rows = [
@@ -151,12 +158,12 @@ def _predicted_table(study: StudyResult) -> str:
             h.lines(role, trial.config.describe()),
             h.ms(trial.step_s),
             f"{baseline.step_s / trial.step_s:.2f}×",
-            h.percent(trial.gate_mass),
+            quality.shown(trial),
             h.number(trial.report["experts_per_token"], ".2f"),
         )
         for name, role, trial in named
     ]
-    head = ("Name", "What it is", "Step predicted, ms", "Speed-up predicted", "Gate mass kept", "Experts a token")
+    head = ("Name", "What it is", "Step predicted, ms", "Speed-up predicted", quality.column, "Experts a token")
     return h.table(head, rows, words=2) + h.paragraph(
         "The baseline and the front, fastest first. Nothing here was measured; "
         "<code>moeroute validate</code> runs the best of them." + h.NOTATION
@@ -164,13 +171,13 @@ def _predicted_table(study: StudyResult) -> str:
 
 
 def _front(page: ReportPage) -> str:
-    study, baseline = page.study, page.study.trials[0]
+    study, baseline, quality = page.study, page.study.trials[0], Quality.of(page.study)
     on_front = {trial.number for trial in study.front}
     figure = go.Figure()
     styles = zip(cycle(_POLICY_COLOURS), cycle(_POLICY_SYMBOLS), strict=False)
     for (kind, trials), (colour, symbol) in zip(_by_kind(study).items(), styles, strict=False):
         figure.add_scatter(
-            **_points(trials),
+            **_points(trials, quality),
             name=figure_text(kind),
             mode="markers",
             marker={
@@ -182,14 +189,14 @@ def _front(page: ReportPage) -> str:
         )
     figure.add_scatter(
         x=[1e3 * trial.step_s for trial in study.front],
-        y=[trial.gate_mass for trial in study.front],
+        y=[quality.value(trial) for trial in study.front],
         name="front",
         mode="lines",
         line={"shape": "hv", "color": "#1f2933", "width": 1.5},
         hoverinfo="skip",
     )
     figure.add_scatter(
-        **_points([baseline]),
+        **_points([baseline], quality),
         name="baseline",
         mode="markers",
         marker={"symbol": "star", "size": 17, "color": "#1f2933", "line": {"color": "white", "width": 1}},
@@ -199,11 +206,11 @@ def _front(page: ReportPage) -> str:
         number = numbers.get(trial.config.describe())
         if number is not None and trial is not baseline:
             x_ms, label = 1e3 * trial.step_s, str(number)
-            figure.add_annotation(x=x_ms, y=trial.gate_mass, text=label, ax=-16, ay=-18, arrowwidth=1, arrowhead=0)
+            figure.add_annotation(x=x_ms, y=quality.value(trial), text=label, ax=-16, ay=-18, arrowwidth=1, arrowhead=0)
     figure.update_xaxes(title="predicted step time (ms)")
-    figure.update_yaxes(title="gate mass kept", tickformat=".0%")
+    figure.update_yaxes(title=quality.column.lower(), tickformat=quality.tick_format)
     caption = (
-        "Every trial of the study: further left is faster, further up keeps more of the router's score. The line joins "
+        f"Every trial of the study: further left is faster, {quality.better}. The line joins "
         "the trials that no other beats on both. Colours tell what a policy is made of; pointing at a trial tells all."
     )
     return plot("front", figure, caption + (" Numbers are those of the table." if numbers else ""), height=500)
@@ -221,12 +228,12 @@ def _by_kind(study: StudyResult) -> dict[str, list[Trial]]:
     return {kind: kinds[kind] for kind in shown} | ({f"{len(ranked) - len(shown)} others": others} if others else {})
 
 
-def _points(trials: Sequence[Trial]) -> dict[str, Any]:
+def _points(trials: Sequence[Trial], quality: Quality) -> dict[str, Any]:
     return {
         "x": [1e3 * trial.step_s for trial in trials],
-        "y": [trial.gate_mass for trial in trials],
+        "y": [quality.value(trial) for trial in trials],
         "text": [f"trial {trial.number}<br>{figure_text(trial.config.describe())}" for trial in trials],
-        "hovertemplate": "%{text}<br>%{x:.3f} ms, %{y:.1%} of gate mass<extra></extra>",
+        "hovertemplate": f"%{{text}}<br>%{{x:.3f}} ms, {quality.hover}<extra></extra>",
     }
 
 
@@ -437,9 +444,22 @@ def _limits_of_measurement(validation: "Validation") -> str:
         "rounds: they say nothing about another machine, model or traffic.</li>"
         "<li>The table is about a third part of the trace, which the study never saw, so that its predictions differ a "
         "little from those of the front for the same config.</li>"
-        "<li>Gate mass orders these configs as held-out loss does with a Spearman correlation of "
-        f"{h.number(v.gate_mass_against_loss, '.2f')}, where 1 is the same order. The loss is the reference model's; "
-        "another model may lose more or less.</li>"
+        f"<li>{_proxy(v)} another model may lose more or less.</li>"
+    )
+
+
+def _proxy(v: "Validation") -> str:
+    """How well what the study went by orders the configs, and whose loss it is."""
+    if v.study_loss_against_loss is not None:
+        return (
+            "The study's loss orders these configs as the loss on text that no part was chosen by does with a Spearman "
+            f"correlation of {h.number(v.study_loss_against_loss, '.2f')}, where 1 is the same order. The loss is the "
+            "scenario's own model's;"
+        )
+    assert v.gate_mass_against_loss is not None  # a study goes by one or the other
+    return (
+        "Gate mass orders these configs as held-out loss does with a Spearman correlation of "
+        f"{h.number(v.gate_mass_against_loss, '.2f')}, where 1 is the same order. The loss is the reference model's;"
     )
 
 

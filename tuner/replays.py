@@ -1,9 +1,9 @@
 """From a scenario to its replays: the trace cut into windows, the cluster and the costs made."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, Self
+from typing import Literal, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,14 +38,48 @@ Window = Literal["tune", "validate"]
 _PLANNED_STEPS = 64  # of the plan window, at most: more say little that these do not
 
 
+class Replayable(Protocol):
+    """What a study searches and a validation runs: `Replays`, or those of every part of an elastic model."""
+
+    @property
+    def scenario(self) -> Scenario:
+        """The scenario, with a search space that can be served."""
+
+    @property
+    def trace(self) -> RoutingTrace:
+        """The scenario's trace."""
+
+    @property
+    def cluster(self) -> Cluster:
+        """What it runs on."""
+
+    @property
+    def model_id(self) -> tuple[str, ...]:
+        """What results depend on beside the scenario, its trace and its files."""
+
+    @property
+    def study_loss(self) -> Callable[[Config], float] | None:
+        """A config's loss, nats a byte, which a study goes by in place of gate mass; None without a model to ask."""
+
+    def for_config(self, config: Config) -> "Replays":
+        """The replays of one config."""
+
+    def run(self, config: Config) -> tuple[Report, list[Timeline], list[tuple[Work, ...]]]:
+        """Replay the tune window under one config."""
+
+
 @dataclass(frozen=True, kw_only=True)  # no slots: placements are planned once and kept
 class Replays:
-    """A scenario made ready: plan placements on one window, replay another."""
+    """A scenario made ready: plan placements on one window, replay another.
+
+    `no_steps`: why there are no `plan_steps`; empty where there are.
+    """
 
     scenario: Scenario
     trace: RoutingTrace
     plan_window: RoutingTrace
     plan_steps: Sequence[Step]
+    no_steps: str
     windows: dict[Window, Replay]
 
     @classmethod
@@ -56,6 +90,10 @@ class Replays:
 
         Errors: `InputError` if it does not fit together.
         """
+        if scenario.elastic is not None:
+            raise InputError(
+                "elastic: parts of a model are for moeroute simulate, tune and validate; leave it out here"
+            )
         trace = in_weights(trace or load_trace(scenario), scenario.weights)
         cluster = make_cluster(scenario)
         layout = Layout.on(cluster, **scenario.layout.model_dump())
@@ -93,7 +131,14 @@ class Replays:
             )
             for name, window in zip(names, others, strict=True)
         }
-        return cls(scenario=scenario, trace=trace, plan_window=planned, plan_steps=plan_steps, windows=windows)
+        return cls(
+            scenario=scenario,
+            trace=trace,
+            plan_window=planned,
+            plan_steps=plan_steps,
+            no_steps=no_steps,
+            windows=windows,
+        )
 
     @property
     def cluster(self) -> Cluster:
@@ -104,6 +149,24 @@ class Replays:
     def layout(self) -> Layout:
         """How its ranks share the model."""
         return self.windows["tune"].shared
+
+    @property
+    def model_id(self) -> tuple[str, ...]:
+        """Nothing: the trace is all that is read of the model."""
+        return ()
+
+    @property
+    def study_loss(self) -> None:
+        """None: a trace tells no loss."""
+        return None
+
+    def for_config(self, config: Config) -> Self:
+        """These: all configs route the same recorded tokens. Errors: `InputError` for a part of a model."""
+        if config.subnetwork is not None:
+            raise InputError(
+                f"{config.describe()}: the scenario names no model that it is a part of; name its folder: elastic"
+            )
+        return self
 
     def placement(self, config: Config) -> Placement:
         """Where the config puts the experts and which stay in memory, planned on the first window."""

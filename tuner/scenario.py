@@ -168,6 +168,8 @@ class Scenario(Strict):
     `candidates`: complete the trace to so many experts a token, guessed by a model fitted on the plan window.
     `sampled_layers`: simulate so many MoE layers, each for its neighbours too. `output_errors`: a file of
     `moeroute model errors`, for budgets of k by layer; without it the gate mass that is lost stands for the error.
+    `elastic`: the folder of the model that recorded the trace, of `moeroute model train`: configs may then be a part of
+    it (`subnetwork`), and a study's quality is its loss.
     """
 
     version: Literal[1]
@@ -195,6 +197,7 @@ class Scenario(Strict):
     fidelity: Literal["analytic", "event"] = "event"
     sampled_layers: Count | None = None
     output_errors: Path | None = None
+    elastic: Path | None = Field(default=None, exclude_if=lambda value: value is None)
     windows: Windows = Windows()
     study: StudyChoice = StudyChoice()
     seed: int = Field(default=0, ge=0)
@@ -211,6 +214,21 @@ class Scenario(Strict):
             raise ValueError(f"weights: unknown dtype {self.weights!r}; known are {', '.join(DTYPE_BYTES)}")
         return self
 
+    @model_validator(mode="after")
+    def _parts_have_a_model(self) -> Self:
+        if self.elastic is None:
+            for field, part in (
+                ("config.subnetwork", self.config.subnetwork),
+                ("study.space.subnetworks", self.study.space.subnetworks),
+            ):
+                if part is not None:
+                    raise ValueError(f"{field}: a part of which model? Name its folder as elastic, or leave it out")
+        elif not isinstance(self.trace, Path):
+            raise ValueError("elastic: goes with a trace that the model recorded, not with a synthetic one")
+        elif self.candidates is not None:
+            raise ValueError("candidates: a model records all its experts; leave it out")
+        return self
+
 
 def read_scenario(path: Path) -> Scenario:
     """Read a scenario file; `InputError` names the file, the field, the value and what is wrong with it."""
@@ -223,7 +241,7 @@ def read_scenario(path: Path) -> Scenario:
     scenario = parse_scenario(document, source=str(path))
     beside: dict[str, Any] = {
         field: path.parent / value
-        for field in ("trace", "costs", "output_errors")
+        for field in ("trace", "costs", "output_errors", "elastic")
         if isinstance(value := getattr(scenario, field), Path)
     }
     if scenario.cluster.file is not None:

@@ -6,13 +6,15 @@ from router.placement import PLACEMENTS
 from router.placement.base import check_slots
 from router.policies import POLICIES, RoutingPolicy, needs_with
 from router.policies.group_limited import GroupLimited
+from router.policies.top_k import TopK
 from sim.layout import Layout
 from traces.errors import InputError
+from traces.model import ModelSpec
 from traces.trace import RoutingTrace
 from tuner.scenario import Scenario, Space
-from tuner.space import NONE, Values, Written
+from tuner.space import NONE, SubnetworkSpace, Values, Written
 
-_GROUPS = "group_limited.groups"
+_GROUPS, _TOP_K = "group_limited.groups", "top_k.k"
 _MORE = "more candidates than k"
 _ASKED_BY = ("policies", "adjustments", "capacities")
 
@@ -42,7 +44,7 @@ def fit_space(scenario: Scenario, trace: RoutingTrace, layout: Layout, no_steps:
     counts of experts end at its candidates, below them where some part needs others to choose from; the default slots,
     residency and weights are the config's. What the user wrote is not touched: `InputError` if it asks for more than
     there is, or for redundant slots that do not divide over the layout's groups of experts. `no_steps`: why placements
-    cannot be planned on single steps; empty where they can.
+    cannot be planned on single steps; empty where they can. Of an elastic scenario, `trace` is the whole model's.
     """
     space = _fit_placements(_fit_parts(scenario.study.space, trace), trace, layout, no_steps)
     config = scenario.config
@@ -55,6 +57,8 @@ def fit_space(scenario: Scenario, trace: RoutingTrace, layout: Layout, no_steps:
     space = space.model_copy(update=unset)
     for redundant in space.redundant_slots:
         check_slots(trace.model.experts + redundant, layout.expert_groups, trace.model.experts)
+    if scenario.elastic is not None:
+        space = space.model_copy(update={"subnetworks": _fit_subnetworks(space, trace.model, layout)})
     space = space.model_copy(update={"ranges": _fit_ranges(space, trace)})
     return scenario.model_copy(update={"study": scenario.study.model_copy(update={"space": space})})
 
@@ -78,6 +82,48 @@ def _fit_parts(space: Space, trace: RoutingTrace) -> Space:
             )
         fitting["policies"].remove(GroupLimited.name)
     return space.model_copy(update=fitting)
+
+
+def _fit_subnetworks(space: Space, model: ModelSpec, layout: Layout) -> SubnetworkSpace:
+    """The parts of the model that may be drawn, in full: those that fit with any of the space's redundant slots."""
+    written = space.subnetworks or SubnetworkSpace()
+    field = "study.space.subnetworks"
+    for what, values, most in (
+        ("depths", written.depths, model.layers),
+        ("experts", written.experts, model.experts),
+        ("top_ks", written.top_ks, model.experts),
+    ):
+        if values and max(values) > most:
+            raise InputError(f"{field}.{what}: {max(values)} is more than the model has; use 1 to {most}")
+    if _TOP_K in space.ranges:
+        raise InputError(f"study.space.ranges.{_TOP_K}: parts of a model have their own k; write {field}.top_ks")
+    if space.weights != "renormalised" and TopK.name in space.policies:
+        raise InputError(f"study.space.weights: a part scales the weights of its own k to one; not {space.weights}")
+    for experts in written.experts:
+        for redundant in space.redundant_slots:
+            try:
+                check_slots(experts + redundant, layout.expert_groups, experts)
+            except InputError as error:
+                raise InputError(f"{field}.experts: {experts}, and {redundant} redundant slots: {error}") from error
+    quarters = sorted({max(1, quarter * model.experts // 4) for quarter in (1, 2, 3, 4)})
+    divide = [
+        experts
+        for experts in quarters
+        if all(
+            experts + redundant >= layout.expert_groups and (experts + redundant) % layout.expert_groups == 0
+            for redundant in space.redundant_slots
+        )
+    ]
+    fitted = {
+        "depths": written.depths or list(range(-(-model.layers // 2), model.layers + 1)),
+        "experts": written.experts or divide,
+        "top_ks": written.top_ks or list(range(1, model.top_k + 1)),
+    }
+    if min(fitted["top_ks"]) > min(fitted["experts"]):
+        raise InputError(
+            f"{field}: {min(fitted['top_ks'])} experts a token of {min(fitted['experts'])}; add a smaller one to top_ks"
+        )
+    return written.model_copy(update=fitted)
 
 
 def _fit_placements(space: Space, trace: RoutingTrace, layout: Layout, no_steps: str) -> Space:

@@ -16,10 +16,19 @@ from router.parameters import Parameter, parameters_of
 from router.part import Part
 from router.placement import PLACEMENTS
 from router.policies import ADJUSTMENTS, CAPACITIES, POLICIES, SELECTIONS, Weights, make_selection
+from router.policies.top_k import TopK
 from router.replicas import ReplicaChoice
 from router.splits import SPLITS
 from traces.errors import InputError
-from tuner.config import AdjustmentChoice, CapacityChoice, Config, PlacementChoice, Strict, as_declared
+from tuner.config import (
+    AdjustmentChoice,
+    CapacityChoice,
+    Config,
+    PlacementChoice,
+    Strict,
+    SubnetworkChoice,
+    as_declared,
+)
 
 NONE = "none"  # no adjustment, no capacity
 _SCOPE = "scope"
@@ -136,6 +145,28 @@ def _stepped(trial: Suggests, name: str, low: float, high: float, step: float) -
     return trial.suggest_float(name, low, float(exact_low + steps * exact_step), step=step)
 
 
+class SubnetworkSpace(Strict):
+    """The parts of an elastic model that may be drawn: so many layers, experts a layer, and experts a token.
+
+    Left out: all depths from half the layers up, quarters of the experts, and a k of 1 to the model's own. `per_layer`:
+    k is drawn for each layer that stays, apart.
+    """
+
+    depths: list[Annotated[int, Field(ge=1)]] = Field(default_factory=list)
+    experts: list[Annotated[int, Field(ge=1)]] = Field(default_factory=list)
+    top_ks: list[Annotated[int, Field(ge=1)]] = Field(default_factory=list)
+    per_layer: bool = False
+
+    def suggest(self, trial: Suggests) -> SubnetworkChoice:
+        """One of them. A k above the number of experts counts as the largest that is not."""
+        depth = trial.suggest_categorical("subnetwork.depth", self.depths)
+        experts = trial.suggest_categorical("subnetwork.experts", self.experts)
+        names = [f"subnetwork.top_k.{place}" for place in range(depth)] if self.per_layer else ["subnetwork.top_k"]
+        most = max(k for k in self.top_ks if k <= experts)
+        drawn = [min(trial.suggest_categorical(name, self.top_ks), most) for name in names]
+        return SubnetworkChoice(depth=depth, experts=experts, top_k=tuple(drawn) if self.per_layer else drawn[0])
+
+
 class Space(Strict):
     """What a study may choose from: parts of a policy by name, each with `ranges`, and placements.
 
@@ -143,7 +174,8 @@ class Space(Strict):
     `capacity.drop: [position, probs]` or `top_k.k: {values: [2, 4]}` one of these, `top_k.k: 4` this. `scopes`: over
     which tokens of a step parts may look, where they have a `scope` that `ranges` does not name; a real rank knows its
     own tokens only. `away_shares` are those of `soft_hierarchical`. `resident_share` and `weights` are the same for
-    all, by default the baseline's.
+    all, by default the baseline's. `subnetworks`: of a scenario's `elastic` model, where the policy is `top_k`, whose k
+    is then theirs.
     """
 
     policies: list[str] = Field(default=list(SELECTIONS), min_length=1)
@@ -157,6 +189,7 @@ class Space(Strict):
     away_shares: list[Annotated[float, Field(ge=0, le=1)]] = Field(default=[0.25, 1.0], min_length=1)
     resident_share: float = Field(default=1.0, gt=0, le=1)
     weights: Weights = "renormalised"
+    subnetworks: SubnetworkSpace | None = Field(default=None, exclude_if=lambda value: value is None)
 
     @field_validator("policies", "adjustments", "capacities", "placements", mode="after")
     @classmethod
@@ -218,7 +251,9 @@ def _checked(name: str, written: list[Any] | Values) -> list[Any] | Values:
 def suggest_config(trial: Suggests, space: Space) -> Config:
     """One config of the space."""
     policy = trial.suggest_categorical("policy", space.policies)
-    parameters = _suggest_parameters(trial, space, SELECTIONS[policy])
+    of_part = space.subnetworks if policy == TopK.name else None
+    subnetwork = None if of_part is None else of_part.suggest(trial)
+    parameters = {} if subnetwork else _suggest_parameters(trial, space, SELECTIONS[policy])
     adjustment = trial.suggest_categorical("adjustment", space.adjustments)
     capacity = trial.suggest_categorical("capacity", space.capacities)
     algorithm = trial.suggest_categorical("placement", space.placements)
@@ -228,7 +263,7 @@ def suggest_config(trial: Suggests, space: Space) -> Config:
         replica_choice = trial.suggest_categorical("replica_choice", space.replica_choices)
     may_leave = PLACEMENTS[algorithm].may_leave
     away_share = trial.suggest_categorical("away_share", space.away_shares) if may_leave else 1.0
-    width = make_selection(policy, parameters).width
+    width = (subnetwork.selection if subnetwork else make_selection(policy, parameters)).width
     limit = (
         None
         if capacity == NONE
@@ -251,6 +286,7 @@ def suggest_config(trial: Suggests, space: Space) -> Config:
             away_share=away_share,
             resident_share=space.resident_share,
         ),
+        subnetwork=subnetwork,
     )
 
 

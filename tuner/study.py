@@ -1,5 +1,7 @@
 """Study: search a scenario's space with Optuna for the front of step time against quality.
 
+Quality is the gate mass that is kept, as a trace tells it, or the loss of a model that the scenario names.
+
 Stopped at any moment and started again, a study goes on: finished trials are read back from its journal, those that
 were running are marked failed, and the sampler is seeded from the seed and the number of stored trials, so that it
 does not suggest the same ones again. A config is never evaluated twice.
@@ -14,6 +16,7 @@ from typing import Any, Literal, Self
 import optuna
 from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESampler
 from optuna.storages import JournalStorage
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from sim.report import Report
@@ -22,20 +25,35 @@ from tuner.journal import open_journal, unreadable
 from tuner.scenario import Config, Scenario, StudyChoice
 from tuner.space import suggest_config
 
-_DIRECTIONS: tuple[Literal["minimize", "maximize"], ...] = ("minimize", "maximize")  # step_s, gate_mass
+_Direction = Literal["minimize", "maximize"]
+_BY_GATE_MASS: tuple[_Direction, ...] = ("minimize", "maximize")  # step_s, gate_mass
+_BY_LOSS: tuple[_Direction, ...] = ("minimize", "minimize")  # step_s, loss
 _CONFIG, _REPORT, _REPEAT, _IDENTITY = "config", "report", "repeat", "identity"
 _TRIES_PER_NEW_CONFIG = 50
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trial:
-    """One evaluated config. `number` is Optuna's."""
+    """One evaluated config. `number` is Optuna's; `loss`, nats a byte, where a model was asked."""
 
     number: int
     config: Config
     step_s: float
     gate_mass: float
     report: dict[str, Any]
+    loss: float | None = None
+
+    @property
+    def quality(self) -> float:
+        """More is better: the loss without its sign where there is one, else the gate mass."""
+        return self.gate_mass if self.loss is None else -self.loss
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON object; without a loss where no model was asked."""
+        document = {**asdict(self), "config": self.config.model_dump(mode="json")}
+        if self.loss is None:
+            del document["loss"]
+        return document
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,10 +67,15 @@ class StudyResult:
     front: tuple[Trial, ...]
     found_before: int = 0
 
+    @property
+    def by_loss(self) -> bool:
+        """Whether a model's loss was the quality."""
+        return any(trial.loss is not None for trial in self.trials)
+
     def to_json(self) -> dict[str, Any]:
         """The study as a JSON object, the front as trial numbers."""
         return {
-            "trials": [{**asdict(t), "config": t.config.model_dump(mode="json")} for t in self.trials],
+            "trials": [trial.to_json() for trial in self.trials],
             "front": [trial.number for trial in self.front],
         }
 
@@ -75,18 +98,21 @@ def tune(
     *,
     journal: Path,
     identity: str,
+    loss: Callable[[Config], float] | None = None,
     progress: Callable[[int, int, str], None] = lambda done, total, what: None,
 ) -> StudyResult:
     """Evaluate configs until the journal holds as many finished trials as the scenario asks for.
 
+    `loss`: what a model loses under a config, nats a byte, to go by in place of the gate mass that is kept.
     `identity` is a digest of everything that a trial's result depends on; a journal of another one is refused.
     The baseline is the first trial. `InputError` if the journal is another study's or the space runs out of configs.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     with open_journal(journal) as storage:
-        study = _open_study(storage, journal, identity, scenario)
+        directions = _BY_GATE_MASS if loss is None else _BY_LOSS
+        study = _open_study(storage, journal, identity, scenario, directions)
         found_before = len(_finished(study))
-        _search(study, scenario, evaluate, progress)
+        _search(study, scenario, evaluate, loss, progress)
         return _result(study, found_before)
 
 
@@ -94,6 +120,7 @@ def _search(
     study: optuna.Study,
     scenario: Scenario,
     evaluate: Callable[[Config], Report],
+    loss: Callable[[Config], float] | None,
     progress: Callable[[int, int, str], None],
 ) -> None:
     choice = scenario.study
@@ -121,16 +148,18 @@ def _search(
         report = evaluate(config)
         trial.set_user_attr(_CONFIG, config.model_dump(mode="json"))
         trial.set_user_attr(_REPORT, report.to_json())
-        study.tell(trial, [report.step_s, report.gate_mass])
+        study.tell(trial, [report.step_s, report.gate_mass if loss is None else loss(config)])
         seen.add(config.key())
         progress(len(seen), choice.trials, config.describe())
 
 
-def _open_study(storage: JournalStorage, journal: Path, identity: str, scenario: Scenario) -> optuna.Study:
+def _open_study(
+    storage: JournalStorage, journal: Path, identity: str, scenario: Scenario, directions: tuple[_Direction, ...]
+) -> optuna.Study:
     try:
         others = [name for name in optuna.get_all_study_names(storage) if name != scenario.name]
         study = optuna.create_study(
-            study_name=scenario.name, storage=storage, directions=_DIRECTIONS, load_if_exists=True
+            study_name=scenario.name, storage=storage, directions=directions, load_if_exists=True
         )
     except (ValueError, KeyError) as error:
         raise unreadable(journal, error) from error
@@ -156,13 +185,15 @@ def _finished(study: optuna.Study) -> list[FrozenTrial]:
 
 
 def _result(study: optuna.Study, found_before: int) -> StudyResult:
+    by_loss = study.directions[1] is StudyDirection.MINIMIZE
     trials = tuple(
         Trial(
             number=trial.number,
             config=Config.model_validate(trial.user_attrs[_CONFIG]),
             step_s=trial.values[0],
-            gate_mass=trial.values[1],
+            gate_mass=trial.user_attrs[_REPORT]["gate_mass"] if by_loss else trial.values[1],
             report=trial.user_attrs[_REPORT],
+            loss=trial.values[1] if by_loss else None,
         )
         for trial in _finished(study)
     )
@@ -170,13 +201,13 @@ def _result(study: optuna.Study, found_before: int) -> StudyResult:
 
 
 def pareto_front(trials: tuple[Trial, ...]) -> tuple[Trial, ...]:
-    """The trials that none beats: fastest first, each keeping more gate mass than all the faster ones.
+    """The trials that none beats: fastest first, each of better quality than all the faster ones.
 
     A config that computes nothing is the fastest of all, and no answer.
     """
     front: list[Trial] = []
     answers = (trial for trial in trials if trial.gate_mass > 0)
-    for trial in sorted(answers, key=lambda t: (t.step_s, -t.gate_mass, t.number)):
-        if not front or trial.gate_mass > front[-1].gate_mass:
+    for trial in sorted(answers, key=lambda t: (t.step_s, -t.quality, t.number)):
+        if not front or trial.quality > front[-1].quality:
             front.append(trial)
     return tuple(front)

@@ -2,7 +2,8 @@
 
 The real run takes the reference model's weights and the very tokens of the validation window, and runs the policy code
 that the simulator ran. Configs are interleaved round by round, so that a machine that drifts slows all alike; speed-ups
-are ratios inside a round.
+are ratios inside a round. A config that is a part of an elastic model runs that part alone: its layers, with the inputs
+that they have where the others are missing.
 """
 
 import os
@@ -16,10 +17,11 @@ from scipy.stats import spearmanr
 
 from cost_models.profile import Profile
 from router.nn.evaluate import held_out_loss, paired_difference
-from router.nn.measured_run import Deployment, measure_deployments
+from router.nn.measured_run import Deployment, RecordedLayers, measure_deployments
 from router.nn.store import TrainedModel
 from traces.errors import InputError
 from traces.progress import Progress, quiet
+from tuner.elastic import ElasticReplays
 from tuner.replays import Replays
 from tuner.scenario import Config, DisturbanceChoice, LayoutChoice, Scenario, Space
 from tuner.space import RandomSuggestions, suggest_config
@@ -27,6 +29,8 @@ from tuner.study import StudyResult
 
 # Winners are named by the gate mass that they keep: the fastest trial that keeps as much.
 KEPT_FLOORS = (0.99, 0.95, 0.9, 0.8, 0.65)
+# Those of a study by loss by how much they may lose: the fastest trial within this share of the baseline's loss.
+LOSS_CEILINGS = (0.01, 0.02, 0.05, 0.1)
 _LOSS_SEQUENCES = 128
 _RESAMPLES = 2000
 
@@ -47,6 +51,7 @@ class ValidatedRun:
     `measured_step_s` is the mean over steps of each step's median over rounds, a step lasting until its last rank is
     done; `speedup_ci` the 95% bootstrap interval of `speedup_measured`, the median over rounds of baseline time over
     this config's time in the same round. `loss_delta` is nats a byte on held-out text, over the baseline's.
+    `study_loss`: the loss on the other half of that text, which a study by loss goes by (None: it goes by gate mass).
     """
 
     name: str
@@ -65,12 +70,15 @@ class ValidatedRun:
     loss_delta_ci: tuple[float, float]
     stages_predicted_s: dict[str, float]
     stages_measured_s: dict[str, float]
+    study_loss: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Validation:
     """All runs of a validation. `mape` and `spearman` compare predicted with measured step times, raw.
 
+    `gate_mass_against_loss`, or of an elastic scenario `study_loss_against_loss`: how well what the study went by ranks
+    the held-out losses (Spearman).
     `drift`: what the calibration's reference probe takes now, over what it took then (None without a profile).
     `best`: the winner with the largest measured speed-up; `confirmed`: some winner's interval lies above 1.
     """
@@ -81,20 +89,29 @@ class Validation:
     runs: tuple[ValidatedRun, ...]
     mape: float
     spearman: float
-    gate_mass_against_loss: float
+    gate_mass_against_loss: float | None
     drift: float | None
     load_average: float
     best: str | None
     confirmed: bool
     verdict: str
+    study_loss_against_loss: float | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """The validation as a JSON object."""
-        return asdict(self)
+        """The validation as a JSON object, with what the study went by and not the other."""
+        document = asdict(self)
+        by_loss = self.study_loss_against_loss is not None
+        del document["gate_mass_against_loss" if by_loss else "study_loss_against_loss"]
+        for run in () if by_loss else document["runs"]:
+            del run["study_loss"]
+        return document
 
 
 def choose_contenders(baseline: Config, study: StudyResult, space: Space, *, random: int, seed: int) -> list[Contender]:
-    """The baseline, the fastest of the front at each floor of kept gate mass, and `random` other configs."""
+    """The baseline, the fastest of the front at each floor of kept gate mass, and `random` other configs.
+
+    Of a study by loss the fastest at each ceiling of what is lost.
+    """
     contenders = [Contender(name="baseline", role="baseline", config=baseline)]
     taken = {baseline.key()}
 
@@ -103,10 +120,14 @@ def choose_contenders(baseline: Config, study: StudyResult, space: Space, *, ran
             taken.add(config.key())
             contenders.append(Contender(name=name, role=role, config=config))
 
-    for floor in KEPT_FLOORS:
-        keeping = [trial for trial in study.front if trial.gate_mass >= floor]
+    if study.by_loss:
+        named = {f"loss +{share:.0%}": (1 + share) * study.trials[0].quality for share in LOSS_CEILINGS}
+    else:
+        named = {f"keeps {floor:.0%}": floor for floor in KEPT_FLOORS}
+    for name, least in named.items():
+        keeping = [trial for trial in study.front if trial.quality >= least]
         if keeping:
-            add(f"keeps {floor:.0%}", "winner", keeping[0].config)
+            add(name, "winner", keeping[0].config)
     generator = RandomSuggestions(seed)
     for _ in range(100 * random):
         drawn = sum(contender.role == "random" for contender in contenders)
@@ -117,7 +138,7 @@ def choose_contenders(baseline: Config, study: StudyResult, space: Space, *, ran
 
 
 def validate(
-    replays: Replays,
+    replays: Replays | ElasticReplays,
     contenders: Sequence[Contender],
     reference: TrainedModel,
     *,
@@ -128,43 +149,40 @@ def validate(
 ) -> Validation:
     """Predict, run and score the contenders, the first of which is the baseline.
 
-    `profile` is what the predictions stand on, if on any: it says how far the machine has drifted since. Errors:
-    `InputError` if the trace is not the reference model's, `DeviceError` if the device is missing.
+    `reference` is the model that recorded the trace; of an elastic scenario, its own. `profile` is what the predictions
+    stand on, if on any: it says how far the machine has drifted since. Errors: `InputError` if the trace is not the
+    reference model's, `DeviceError` if the device is missing.
     """
-    scenario = replays.scenario
+    scenario, elastic = replays.scenario, replays if isinstance(replays, ElasticReplays) else None
     check_that_it_runs(scenario)
-    window = replays.windows["validate"]
     progress(0.0, "predicting")
-    reports = [replays.run(c.config, window="validate", fidelity="event", name=c.name)[0] for c in contenders]
-    progress(0.05, f"running {len(contenders)} configs on {replays.cluster.ranks} ranks, {rounds} rounds")
-    deployments = [
-        Deployment(
-            policy=c.config.routing_policy(),
-            placement=replays.placement(c.config),
-            replica_choice=c.config.placement.replica_choice,
-            node_of_G=replays.layout.node_of_G,
-            history=window.history,
-            prices=window.prices(c.config.routing_policy(), replays.placement(c.config)),
-        )
-        for c in contenders
+    own = [replays.for_config(c.config) for c in contenders]
+    reports = [
+        of.run(c.config, window="validate", fidelity="event", name=c.name)[0]
+        for of, c in zip(own, contenders, strict=True)
     ]
+    progress(0.05, f"running {len(contenders)} configs on {replays.cluster.ranks} ranks, {rounds} rounds")
+    models = [reference if elastic is None else elastic.model_of(c.config) for c in contenders]
+    deployments = _deployments(contenders, own, models)
     measured = measure_deployments(
-        reference, window.trace, window.steps, deployments, rounds=rounds, seed=scenario.seed, device=device
+        deployments, calibrated=replays.trace.model, rounds=rounds, seed=scenario.seed, device=device
     )
     losses = []
-    for index, contender in enumerate(contenders):
+    for index, (contender, deployment) in enumerate(zip(contenders, deployments, strict=True)):
         progress(0.5 + 0.5 * index / len(contenders), f"held-out loss of {contender.name}")
         losses.append(
             held_out_loss(
                 reference.model,
                 reference.corpus,
-                contender.config.routing_policy(),
-                history=window.history,
-                prices=deployments[index].prices,
+                deployment.policy,
+                history=deployment.history,
+                prices=deployment.prices,
                 sequences=_LOSS_SEQUENCES,
                 ranks=replays.cluster.ranks,
                 tokens_per_rank=scenario.batch.tokens_per_rank,
             )
+            if elastic is None
+            else elastic.held_out(contender.config, use="measure")
         )
     runs = []
     for index, (contender, report) in enumerate(zip(contenders, reports, strict=True)):
@@ -188,26 +206,63 @@ def validate(
                 loss_delta_ci=(loss_delta_ci[0], loss_delta_ci[1]),
                 stages_predicted_s=report.stage_s,
                 stages_measured_s=measured.stage_s_by_deployment[index],
+                study_loss=None if elastic is None else elastic.study_loss(contender.config),
             )
         )
     progress(1.0, "done")
     predicted_C = np.array([run.predicted_step_s for run in runs])
     measured_C = np.array([run.measured_step_s for run in runs])
     confirmed, verdict = judge(runs)
+    loss_C = [run.loss for run in runs]
     return Validation(
         device=device,
         ranks=replays.cluster.ranks,
         rounds=rounds,
         runs=tuple(runs),
         mape=float(np.abs(predicted_C / measured_C - 1).mean()),
-        spearman=float(spearmanr(predicted_C, measured_C).statistic),
-        gate_mass_against_loss=float(spearmanr([-run.gate_mass for run in runs], [run.loss for run in runs]).statistic),
+        spearman=rank_correlation(predicted_C, measured_C),
+        gate_mass_against_loss=None if elastic else rank_correlation([-run.gate_mass for run in runs], loss_C),
+        study_loss_against_loss=rank_correlation([run.study_loss for run in runs], loss_C) if elastic else None,
         drift=None if profile is None else measured.probe_s / profile.probe_s[0],
         load_average=os.getloadavg()[0],
         best=best_winner(runs),
         confirmed=confirmed,
         verdict=verdict,
     )
+
+
+def _deployments(
+    contenders: Sequence[Contender], own: Sequence[Replays], models: Sequence[TrainedModel]
+) -> list[Deployment]:
+    """What the ranks run: of each contender, with the replays and the model that are its own."""
+    layers: dict[int, RecordedLayers] = {}  # by replays: contenders that run the same part share them
+    deployments = []
+    for contender, replays, model in zip(contenders, own, models, strict=True):
+        window, placement = replays.windows["validate"], replays.placement(contender.config)
+        policy = contender.config.routing_policy()
+        if id(replays) not in layers:
+            layers[id(replays)] = RecordedLayers.of(model, window.trace, window.steps)
+        deployments.append(
+            Deployment(
+                layers=layers[id(replays)],
+                policy=policy,
+                placement=placement,
+                replica_choice=contender.config.placement.replica_choice,
+                node_of_G=replays.layout.node_of_G,
+                history=window.history,
+                prices=window.prices(policy, placement),
+            )
+        )
+    return deployments
+
+
+def rank_correlation(one_C: Any, other_C: Any) -> float:
+    """Spearman's correlation.
+
+    >>> rank_correlation([1, 2, 3], [2.0, 2.5, 9.0])
+    1.0
+    """
+    return float(spearmanr(one_C, other_C).statistic)
 
 
 def check_that_it_runs(scenario: Scenario) -> None:
@@ -268,7 +323,10 @@ def judge(runs: Sequence[ValidatedRun]) -> tuple[bool, str]:
 
 def _in_words(winner: ValidatedRun) -> str:
     low, high = winner.speedup_ci
+    what = (
+        f"{winner.name} of the gate mass" if winner.study_loss is None else f"with {winner.name} at most in the study"
+    )
     return (
-        f"{winner.name} of the gate mass at {winner.speedup_measured:.2f} times the speed [{low:.2f}, {high:.2f}] "
+        f"{what} at {winner.speedup_measured:.2f} times the speed [{low:.2f}, {high:.2f}] "
         f"and {winner.loss_delta:+z.3f} nats a byte"
     )

@@ -60,6 +60,8 @@ def what_if(scenario: Scenario, vary: Mapping[str, Sequence[Any]]) -> list[Point
     A combination that cannot be (more ranks than slots, say) is a point with a problem; a name or value that the
     scenario cannot hold is an `InputError`.
     """
+    if scenario.elastic is not None:
+        raise InputError("elastic: a what-if replays one trace, and parts of a model have their own; use moeroute tune")
     document = scenario.model_dump(mode="json", by_alias=True, exclude={"study"})  # nothing is searched
     trace = load_trace(scenario)
     points = []

@@ -183,6 +183,8 @@ def _replays_of(scenario: "Scenario", traces: "dict[Any, RoutingTrace]", *, pref
     from traces.errors import InputError
     from tuner.replays import Replays, load_trace
 
+    if scenario.elastic is not None:
+        return _of_part(scenario, prefix=prefix)
     same = (scenario.trace, scenario.batch.phase, scenario.seed)
     try:
         if same not in traces:
@@ -191,6 +193,18 @@ def _replays_of(scenario: "Scenario", traces: "dict[Any, RoutingTrace]", *, pref
     except InputError as error:
         raise InputError(f"{prefix}{error}") from error
     return replays
+
+
+def _of_part(scenario: "Scenario", *, prefix: str) -> "Replays":
+    """Ready to run the part of the scenario's model that its config names. Only here simulating loads torch."""
+    from traces.errors import InputError
+    from tuner.elastic import ElasticReplays
+
+    try:
+        elastic = ElasticReplays.of(scenario)
+        return elastic.for_config(elastic.given.config)
+    except InputError as error:
+        raise InputError(f"{prefix}{error}") from error
 
 
 def _run(name: str, replays: "Replays", *, html: bool, progress: "Progress") -> Run:

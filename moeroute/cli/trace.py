@@ -29,13 +29,22 @@ def record(
     out: Out = Path("out"),
     tokens: Annotated[int, typer.Option(help="Tokens of held-out text, a multiple of 128.")] = DEFAULT_TOKENS,
     seed: Seed = 0,
+    model: Annotated[
+        Path | None,
+        typer.Option(help="Folder of a model, whole or a part; the reference model if left out.", show_default=False),
+    ] = None,
     json: Json = False,
 ) -> None:
-    """Run held-out text through the reference model and store what its routers say."""
-    from moeroute.cli.model import load
+    """Run held-out text through the reference model, or another, and store what its routers say."""
+    from moeroute.cli.model import load_from
     from router.nn.record import record as record_trace
 
-    _store(record_trace(load(), tokens=tokens, seed=seed), out, json)
+    trained = load_from(model)
+    if len(set(trained.part.top_k_L)) > 1:
+        say(
+            f"its layers differ in k ({trained.part.describe()}); the trace and its statistics count the largest in all"
+        )
+    _store(record_trace(trained, tokens=tokens, seed=seed), out, json)
 
 
 @app.command(name="import")

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from router.nn.store import TrainedModel
+    from tuner.elastic import ElasticReplays
     from tuner.replays import Replays
     from tuner.study import StudyResult
     from tuner.validate import Contender, Validation
@@ -41,15 +42,17 @@ def validate(
     """Run baseline, winners and random configs on real ranks, beside what was predicted. Exit code 1: not faster."""
     from cost_models.microbench.ranks import require_device
     from moeroute.cli.model import load
+    from moeroute.cli.tune import open_replays
     from traces.files import write_json
-    from tuner.replays import Replays
+    from tuner.elastic import ElasticReplays
     from tuner.scenario import read_scenario
     from tuner.study import StudyResult
 
-    replays = Replays.of(read_scenario(scenario))
+    replays = open_replays(read_scenario(scenario))
     require_device(device, replays.cluster.ranks)
     contenders = contenders_of(replays, StudyResult.read(study))
-    validation = run(replays, contenders, load(), device=device, rounds=rounds)
+    reference = replays.whole if isinstance(replays, ElasticReplays) else load()
+    validation = run(replays, contenders, reference, device=device, rounds=rounds)
     write_json(out / VALIDATION_FILE, validation.to_json())
     if json:
         print_json(validation.to_json())
@@ -60,7 +63,7 @@ def validate(
         raise typer.Exit(ANSWER_IS_NO)
 
 
-def contenders_of(replays: "Replays", study: "StudyResult") -> "list[Contender]":
+def contenders_of(replays: "Replays | ElasticReplays", study: "StudyResult") -> "list[Contender]":
     """The configs to validate: the scenario's baseline, the study's winners, and some of its space at random."""
     from tuner.validate import choose_contenders
 
@@ -69,7 +72,12 @@ def contenders_of(replays: "Replays", study: "StudyResult") -> "list[Contender]"
 
 
 def run(
-    replays: "Replays", contenders: "Sequence[Contender]", reference: "TrainedModel", *, device: str, rounds: int
+    replays: "Replays | ElasticReplays",
+    contenders: "Sequence[Contender]",
+    reference: "TrainedModel",
+    *,
+    device: str,
+    rounds: int,
 ) -> "Validation":
     """Validate the contenders, with a progress bar."""
     from tuner.costs import calibration
@@ -91,6 +99,7 @@ def print_validation(validation: "Validation") -> None:
     """Predicted beside measured."""
     from cost_models.units import human_seconds
 
+    by_loss = validation.study_loss_against_loss is not None
     print_table(
         f"real run on {validation.ranks} {validation.device} ranks, {validation.rounds} rounds, "
         f"load average {validation.load_average:.1f}",
@@ -100,7 +109,7 @@ def print_validation(validation: "Validation") -> None:
             "measured",
             "speed-up predicted",
             "measured [95%]",
-            "gate mass",
+            *([] if by_loss else ["gate mass"]),
             "loss, nats/byte [95%]",
         ],
         [
@@ -110,7 +119,7 @@ def print_validation(validation: "Validation") -> None:
                 human_seconds(run.measured_step_s),
                 f"{run.speedup_predicted:.2f}x",
                 f"{run.speedup_measured:.2f}x [{run.speedup_ci[0]:.2f}, {run.speedup_ci[1]:.2f}]",
-                f"{run.gate_mass:.1%}",
+                *([] if by_loss else [f"{run.gate_mass:.1%}"]),
                 f"{run.loss:.3f}"
                 if run.role == "baseline"
                 else f"{run.loss_delta:+z.3f} [{run.loss_delta_ci[0]:+z.3f}, {run.loss_delta_ci[1]:+z.3f}]",
@@ -123,5 +132,8 @@ def print_validation(validation: "Validation") -> None:
         f"predicted against measured: mean error {validation.mape:.1%}, "
         f"rank correlation {validation.spearman:.3f} over {len(validation.runs)} configs{drift}"
     )
-    print(f"gate mass lost against held-out loss: rank correlation {validation.gate_mass_against_loss:.3f}")
+    if validation.gate_mass_against_loss is not None:
+        print(f"gate mass lost against held-out loss: rank correlation {validation.gate_mass_against_loss:.3f}")
+    if validation.study_loss_against_loss is not None:
+        print(f"the study's loss against that on other text: rank correlation {validation.study_loss_against_loss:.3f}")
     print(validation.verdict)

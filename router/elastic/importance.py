@@ -1,5 +1,6 @@
 """Importance: which experts and which layers of a model matter, measured on recorded text."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -22,6 +23,8 @@ SCORES: tuple[Score, ...] = get_args(Score)
 _SEED = 1
 _SEQUENCES = 128
 _STEP_SEQUENCES = 16
+# Depth asks for a loss of each layer that is left, again and again; layers differ by more than this text leaves open.
+_LAYER_SEQUENCES = 64
 
 
 @dataclass(frozen=True, eq=False, slots=True, kw_only=True)
@@ -85,16 +88,18 @@ def expert_importance(model: LanguageModel, text_BS: torch.Tensor, part: SubNetw
 
 def losses_without(model: LanguageModel, corpus: Corpus, part: SubNetwork) -> list[float]:
     """The loss of `part` without each of its layers in turn, nats a byte, on the text that parts are chosen by."""
-    return [recorded_loss(model, corpus, without(part, layer)) for layer in range(part.depth)]
+    return [
+        recorded_loss(model, corpus, without(part, layer), sequences=_LAYER_SEQUENCES) for layer in range(part.depth)
+    ]
 
 
-def recorded_loss(model: LanguageModel, corpus: Corpus, part: SubNetwork) -> float:
+def recorded_loss(model: LanguageModel, corpus: Corpus, part: SubNetwork, *, sequences: int = _SEQUENCES) -> float:
     """The loss of `part` on the text that parts are chosen by, nats a byte."""
     return held_out_loss(
         model,
         corpus,
         part.policy,
-        sequences=_SEQUENCES,
+        sequences=sequences,
         ranks=1,
         tokens_per_rank=_STEP_SEQUENCES * model.config.context,
         part=part,
@@ -108,9 +113,13 @@ def without(part: SubNetwork, place: int) -> SubNetwork:
     >>> without(SubNetwork.whole(3, 4, 2), 1).layers_L
     (0, 2)
     """
-    kept = [layer for layer in range(part.depth) if layer != place]
+    return of_layers(part, [layer for layer in range(part.depth) if layer != place])
+
+
+def of_layers(part: SubNetwork, places: Sequence[int]) -> SubNetwork:
+    """The part with the layers at `places` among its layers, and no others."""
     return SubNetwork(
-        layers_L=tuple(part.layers_L[layer] for layer in kept),
-        experts_LE=tuple(part.experts_LE[layer] for layer in kept),
-        top_k_L=tuple(part.top_k_L[layer] for layer in kept),
+        layers_L=tuple(part.layers_L[place] for place in places),
+        experts_LE=tuple(part.experts_LE[place] for place in places),
+        top_k_L=tuple(part.top_k_L[place] for place in places),
     )

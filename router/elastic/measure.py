@@ -2,7 +2,8 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from router.nn.evaluate import HeldOutLoss, held_out_loss
 from router.nn.flops import forward_flops_per_token
 from router.nn.lm import LanguageModel
+from router.nn.store import TrainedModel
 from router.nn.text import Corpus
 from router.nn.threads import one_thread
 from router.subnetwork import SubNetwork
@@ -24,14 +26,26 @@ class PartSize:
     """How much of a model a part is.
 
     `activation`: pairs of a token and an expert of its own, over all that the whole model has, L * E a token.
-    `active_share` and `total_share`: parameters that a token meets, and all of them, over the whole model's (as the
-    whole model runs). `flops_per_token`: forward, in a whole context.
+    `active_parameters`: those that a token meets; `parameters`: all of them. `flops_per_token`: forward, in a whole
+    context. Shares are over the whole model's, as the whole model runs.
     """
 
     activation: float
+    active_parameters: int
+    parameters: int
     active_share: float
     total_share: float
     flops_per_token: float
+    flops_share: float
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all parameters, float32."""
+        return 4 * self.parameters
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON object."""
+        return {**asdict(self), "weight_bytes": self.weight_bytes}
 
 
 def size_of(model: LanguageModel, part: SubNetwork) -> PartSize:
@@ -39,12 +53,23 @@ def size_of(model: LanguageModel, part: SubNetwork) -> PartSize:
     whole = model.config.whole
     active, total = _parameters(model, part)
     all_active, all_total = _parameters(model, whole)
+    flops = forward_flops_per_token(model.config, part)
     return PartSize(
         activation=sum(part.top_k_L) / (whole.depth * whole.experts),
+        active_parameters=active,
+        parameters=total,
         active_share=active / all_active,
         total_share=total / all_total,
-        flops_per_token=forward_flops_per_token(model.config, part),
+        flops_per_token=flops,
+        flops_share=flops / forward_flops_per_token(model.config),
     )
+
+
+def size_in_whole(trained: TrainedModel) -> PartSize:
+    """The size of a trained model beside that of the model that it was cut from, which need not be there."""
+    with torch.device("meta"):  # shapes without weights
+        whole = LanguageModel(trained.whole_config)
+    return size_of(whole, trained.part)
 
 
 def _parameters(model: LanguageModel, part: SubNetwork) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""A measured run: several deployments of the reference model's MoE layers on real ranks, in turn.
+"""A measured run: several deployments of a model's MoE layers, or of parts of it, on real ranks, in turn.
 
 Deployments are interleaved round by round, in an order that differs from round to round, so that a machine that drifts
 slows all of them alike.
@@ -6,6 +6,7 @@ slows all of them alike.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import torch
@@ -30,10 +31,45 @@ from traces.trace import RoutingTrace
 _PROBE_BUDGET_S = 0.1
 
 
+@dataclass(frozen=True, eq=False, slots=True, kw_only=True)
+class RecordedLayers:
+    """The MoE layers of a model, and what entered each of them: [L, T, D] float32 a step."""
+
+    model: ModelSpec
+    weights_L: tuple[MoEWeights, ...]
+    x_by_step_LTD: tuple[torch.Tensor, ...]
+
+    @classmethod
+    def of(cls, trained: TrainedModel, trace: RoutingTrace, steps: Sequence[Step]) -> Self:
+        """Those of a trained model on the very tokens of `steps` of its trace.
+
+        Errors: `InputError` if the trace is not the model's, or its gate none that ranks run.
+        """
+        _check_model(trained.spec)
+        x_LTD = layer_inputs(trained, trace)
+        return cls(
+            model=trace.model,
+            weights_L=tuple(
+                MoEWeights(
+                    gate_ED=layer.gate.weight.detach(),
+                    w_gate_EFD=layer.w_gate_EFD.detach(),
+                    w_up_EFD=layer.w_up_EFD.detach(),
+                    w_down_EDF=layer.w_down_EDF.detach(),
+                )
+                for layer in trained.model.moe_layers
+            ),
+            x_by_step_LTD=tuple(x_LTD[:, torch.as_tensor(step.tokens_T)] for step in steps),
+        )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Deployment:
-    """What is deployed: a policy and what it asks for, where experts and ranks are, which replica computes a pair."""
+    """What is deployed: layers, a policy and what it asks for, where experts are, which replica computes a pair.
 
+    Deployments of the same layers share one object: the ranks are sent it once.
+    """
+
+    layers: RecordedLayers
     policy: RoutingPolicy
     placement: Placement
     replica_choice: ReplicaChoice
@@ -64,39 +100,16 @@ class MeasuredRun:
 
 
 def measure_deployments(
-    reference: TrainedModel,
-    trace: RoutingTrace,
-    steps: Sequence[Step],
-    deployments: Sequence[Deployment],
-    *,
-    rounds: int,
-    seed: int,
-    device: str,
+    deployments: Sequence[Deployment], *, calibrated: ModelSpec, rounds: int, seed: int, device: str
 ) -> MeasuredRun:
-    """Run every deployment once a round on the very tokens of `steps`, each round one step, in turn.
+    """Run every deployment once a round on its inputs, each round one step, in turn; all have as many steps.
 
-    Errors: `InputError` if the trace is not the reference model's, `DeviceError` if the device is missing.
+    `calibrated`: the model whose probe is timed, as a calibration of the machine did.
+    Errors: `InputError` for a policy that no rank can follow, `DeviceError` if the device is missing.
     """
-    _check_model(reference.spec)
     for deployment in deployments:
         check_runnable(deployment.policy, deployment.placement.ranks)
-    x_LTD = layer_inputs(reference, trace)
-    plan = _Plan(
-        model=trace.model,
-        layers=[
-            MoEWeights(
-                gate_ED=layer.gate.weight.detach(),
-                w_gate_EFD=layer.w_gate_EFD.detach(),
-                w_up_EFD=layer.w_up_EFD.detach(),
-                w_down_EDF=layer.w_down_EDF.detach(),
-            )
-            for layer in reference.model.moe_layers
-        ],
-        x_by_step_LTD=[x_LTD[:, torch.as_tensor(step.tokens_T)] for step in steps],
-        deployments=list(deployments),
-        rounds=rounds,
-        seed=seed,
-    )
+    plan = _Plan(calibrated=calibrated, deployments=list(deployments), rounds=rounds, seed=seed)
     return run_on_ranks(_measure_rank, plan, ranks=deployments[0].placement.ranks, device=device)
 
 
@@ -118,44 +131,49 @@ def _check_model(model: ModelSpec) -> None:
 class _Plan:
     """What the ranks are sent: everything of every step; each takes its own tokens and slots."""
 
-    model: ModelSpec
-    layers: list[MoEWeights]
-    x_by_step_LTD: list[torch.Tensor]
+    calibrated: ModelSpec
     deployments: list[Deployment]
     rounds: int
     seed: int
 
 
 def _measure_rank(group: RankGroup, plan: _Plan) -> MeasuredRun:
-    probe = measure(group, ([probe_of(plan.model, group.ranks)], _PROBE_BUDGET_S))[0]
-    layers = [weights.to(group.device) for weights in plan.layers]
+    probe = measure(group, ([probe_of(plan.calibrated, group.ranks)], _PROBE_BUDGET_S))[0]
+    every = {id(deployment.layers): deployment.layers for deployment in plan.deployments}
+    weights = {key: [layer.to(group.device) for layer in layers.weights_L] for key, layers in every.items()}
+    own_x = {
+        key: [
+            x_LTD.chunk(group.ranks, dim=1)[group.rank].contiguous().to(group.device) for x_LTD in layers.x_by_step_LTD
+        ]
+        for key, layers in every.items()
+    }
     models = [
         ExpertParallelMoE(
             group=group,
-            layers=layers,
+            layers=weights[id(deployment.layers)],
             placement=deployment.placement,
             policy=deployment.policy,
             replica_choice=deployment.replica_choice,
             node_of_G=deployment.node_of_G,
-            renormalise=plan.model.renormalise,
-            top_k=plan.model.top_k,
+            renormalise=deployment.layers.model.renormalise,
+            top_k=deployment.layers.model.top_k,
             history=deployment.history,
             prices=deployment.prices,
         )
         for deployment in plan.deployments
     ]
-    own_x = [x_LTD.chunk(group.ranks, dim=1)[group.rank].contiguous().to(group.device) for x_LTD in plan.x_by_step_LTD]
+    inputs = [own_x[id(deployment.layers)] for deployment in plan.deployments]
     order = np.random.default_rng(plan.seed)  # the same on every rank
-    step_R = np.arange(plan.rounds) % len(own_x)
+    step_R = np.arange(plan.rounds) % len(inputs[0])
     own_s_RJ = np.zeros((plan.rounds, len(models)))
     stages: list[list[dict[str, float]]] = [[] for _ in models]
     with torch.inference_mode():
-        for model in models:
-            model.forward(own_x[0])  # warm up: allocations, connections, code paths
+        for model, own_x_of_step in zip(models, inputs, strict=True):
+            model.forward(own_x_of_step[0])  # warm up: allocations, connections, code paths
         for round_, step in enumerate(step_R):
             for index in order.permutation(len(models)):
                 group.barrier()
-                _, stage_s = models[index].forward(own_x[step])
+                _, stage_s = models[index].forward(inputs[index][step])
                 stages[index].append(stage_s)
                 own_s_RJ[round_, index] = sum(stage_s.values())
     return MeasuredRun(

@@ -29,21 +29,25 @@ _CASE_BUDGET_S = 0.06
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GateBenchmark:
-    """Logits, softmax and sorted candidates of one rank's tokens."""
+    """Logits, softmax and sorted candidates of one rank's tokens, for all of the model's experts and parts of them."""
 
     hidden: int
     experts: int
     clock: Clock = "compute"
 
     def cases(self) -> list[Operation]:
-        """Sizes in order."""
-        return [Gate(tokens_X=np.array(tokens), hidden=self.hidden, experts=self.experts) for tokens in _TOKENS]
+        """Sizes in order, of each number of experts."""
+        return [
+            Gate(tokens_X=np.array(tokens), hidden=self.hidden, experts=experts)
+            for experts in sorted({max(self.experts * quarters // 4, 1) for quarters in (1, 2, 4)})
+            for tokens in _TOKENS
+        ]
 
     def prepare(self, case: Operation, group: RankGroup) -> Callable[[], object]:
         """Random tokens and gate."""
         assert isinstance(case, Gate)
         x_TD = torch.randn(int(case.tokens_X), self.hidden, device=group.device)
-        gate_ED = torch.randn(self.experts, self.hidden, device=group.device)
+        gate_ED = torch.randn(case.experts, self.hidden, device=group.device)
         return lambda: gate(x_TD, gate_ED, group.rank)
 
 

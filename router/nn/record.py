@@ -47,7 +47,7 @@ def record(reference: TrainedModel, *, tokens: int, seed: int) -> RoutingTrace:
         domain_T=np.repeat(domain_N, context),
         domains=reference.corpus.domains,
         score_kind=reference.spec.gate,
-        source=f"reference model {reference.key} on {tokens} bytes of held-out text",
+        source=f"{reference.spec.name} model {reference.key} on {tokens} bytes of held-out text",
         text={"corpus": reference.corpus.digest, "model": reference.key, "sequences": sequences, "seed": seed},
     )
 

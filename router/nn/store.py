@@ -22,6 +22,7 @@ from router.nn.lm import LanguageModel, LanguageModelConfig
 from router.nn.recipe import Plain, Recipe
 from router.nn.text import Corpus, load_corpus
 from router.nn.train import Hyperparameters
+from router.subnetwork import SubNetwork
 from traces.errors import InputError
 from traces.files import replacing, write_json
 from traces.model import ModelSpec
@@ -38,7 +39,8 @@ class TrainedModel:
 
     `path` is its folder, `key` what identifies it: a hash of its shape, hyperparameters, recipe, corpus and source
     code, or of the model that it is a part of, and the part. `info` says all of that, and has `steps`, `seconds`,
-    `flops` and `loss` of training, and `held_out`, nats a byte by domain and of `all`.
+    `flops` and `loss` of training, and `held_out`, nats a byte by domain and of `all`; of a part, it has `part` and
+    `of`, the model that it was cut from, in place of a training.
     """
 
     model: LanguageModel
@@ -48,6 +50,16 @@ class TrainedModel:
     key: str
     trained_now: bool
     info: dict[str, Any]
+
+    @property
+    def part(self) -> SubNetwork:
+        """What this is of the model that it was cut from: all of it where it was not cut."""
+        return SubNetwork.from_json(self.info["part"]) if "part" in self.info else self.model.config.whole
+
+    @property
+    def whole_config(self) -> LanguageModelConfig:
+        """The shape of the model that it was cut from, or its own."""
+        return _config(self.info["of"]["config"]) if "of" in self.info else self.model.config
 
 
 def reference_model(
@@ -84,7 +96,7 @@ def trained_model(
     corpus = load_corpus()
     key = _key(config, hyper, recipe, corpus)
     if folder is not None and not retrain:
-        _check_not_another(folder, key)
+        check_not_another(folder, key, "or --retrain to replace it")
     folder = folder or Path(platformdirs.user_cache_dir("moeroute")) / "models" / key
     folder.mkdir(parents=True, exist_ok=True)
     name = "the reference model" if recipe.name == Plain.name else f"a model by {recipe.name}"
@@ -138,17 +150,23 @@ def load_model(folder: Path) -> TrainedModel:
     Errors: `InputError` where there is none, it is damaged, or was trained on other text than this installation has.
     """
     if not (folder / _WEIGHTS).exists():
+        if (folder / _CHECKPOINT).exists():
+            raise InputError(f"{folder}: its training was stopped; start it again to go on")
         raise InputError(f"{folder}: no trained model; make one with moeroute model train -o {folder}")
     try:
         model, info = _read(folder)
         name, key, digest = str(info["recipe"]["name"]), str(info["key"]), info["corpus"]
+        if "part" in info:
+            SubNetwork.from_json(info["part"])
+            _config(info["of"]["config"])
     except _DAMAGE as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{folder}: the model is damaged ({reason}); train or extract it again") from error
     corpus = load_corpus()
     if digest != corpus.digest:
         raise InputError(
-            f"{folder}: trained on other text than this installation has, so that none is surely held out; train it"
+            f"{folder}: trained on other text than this installation has, so that none is surely held out; "
+            "train it here"
         )
     model.eval()
     return TrainedModel(
@@ -183,30 +201,35 @@ def write_model(folder: Path, model: LanguageModel, info: Mapping[str, Any]) -> 
     return _read_info(folder)
 
 
-def _read(folder: Path) -> tuple[LanguageModel, dict[str, Any]]:
-    info = _read_info(folder)
-    if info["sha256"] != _sha256(folder / _WEIGHTS):
-        raise ValueError("its checksum differs from info.json")
-    shape: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in info["config"].items()
-    }
-    model = LanguageModel(LanguageModelConfig(**shape))
-    model.load_state_dict(load_file(folder / _WEIGHTS))
-    return model, info
-
-
-def _read_info(folder: Path) -> dict[str, Any]:
-    info: dict[str, Any] = json.loads((folder / _INFO).read_text(encoding="utf-8"))
-    return info
-
-
-def _check_not_another(folder: Path, key: str) -> None:
+def check_not_another(folder: Path, key: str, mend: str) -> None:
+    """Raise `InputError` if the folder holds another model than that of `key`; `mend`: what else would help."""
     try:
         found = _read_info(folder)["key"]
     except (OSError, ValueError, TypeError, KeyError):
         return  # nothing there, or so damaged that nothing is lost
     if found != key:
-        raise InputError(f"{folder}: holds another model ({found}); give another folder, or --retrain to replace it")
+        raise InputError(f"{folder}: holds another model ({found}); give another folder, {mend}")
+
+
+def _read(folder: Path) -> tuple[LanguageModel, dict[str, Any]]:
+    info = _read_info(folder)
+    if info["sha256"] != _sha256(folder / _WEIGHTS):
+        raise ValueError("its checksum differs from info.json")
+    model = LanguageModel(_config(info["config"]))
+    model.load_state_dict(load_file(folder / _WEIGHTS))
+    return model, info
+
+
+def _config(document: Mapping[str, Any]) -> LanguageModelConfig:
+    shape: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in document.items()
+    }
+    return LanguageModelConfig(**shape)
+
+
+def _read_info(folder: Path) -> dict[str, Any]:
+    info: dict[str, Any] = json.loads((folder / _INFO).read_text(encoding="utf-8"))
+    return info
 
 
 def _sha256(path: Path) -> str:

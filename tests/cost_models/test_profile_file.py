@@ -80,12 +80,12 @@ def test_a_binary_file_is_not_json(tmp_path: Path) -> None:
 def test_another_document_has_no_version(tmp_path: Path, document: str) -> None:
     path = tmp_path / "profile.json"
     path.write_text(document)
-    assert refusal(path) == "profile format None, this moeroute reads 2; calibrate again"
+    assert refusal(path) == "profile format None, this moeroute reads 3; calibrate again"
 
 
 def test_another_version_is_refused(tmp_path: Path) -> None:
     message = refusal(changed(tmp_path, format_version=1))
-    assert message == "profile format 1, this moeroute reads 2; calibrate again"
+    assert message == "profile format 1, this moeroute reads 3; calibrate again"
 
 
 def test_an_unknown_key_is_named(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import pytest
 
 from traces.errors import InputError
 from traces.model import ModelSpec
-from traces.presets import PRESETS
+from traces.presets import PRESETS, preset
 
 TINY: dict[str, Any] = {"name": "tiny", "layers": 1, "experts": 4, "top_k": 2, "hidden": 8, "expert_hidden": 16}
 
@@ -50,3 +50,43 @@ def test_presets_know_their_gate() -> None:
     sigmoid = sorted(name for name, model in PRESETS.items() if model.gate == "sigmoid")
     assert sigmoid == ["deepseek-v3", "kimi-k2"]
     assert not any(model.null_experts for model in PRESETS.values())
+
+
+def test_a_cut_model_loses_what_goes_with_its_layers_and_experts() -> None:
+    # DBRX: 40 layers of 16 experts, 6144 wide; attention 6144 * 128 * (2 * 48 + 2 * 8) = 88,080,384 parameters a layer,
+    # a router row 6144, embeddings and head 2 * 100352 * 6144; cache 2 * 2 * 8 * 128 = 4096 bytes a layer and token.
+    whole, cut = preset("dbrx"), preset("dbrx").cut(layers=10, experts=4, top_k=2)
+    assert (cut.layers, cut.experts, cut.top_k) == (10, 4, 2)
+    assert whole.attention_parameters == 40 * 88_080_384
+    assert cut.attention_parameters == 10 * 88_080_384
+    assert cut.other_parameters == 10 * 88_080_384 + 10 * 4 * 6144 + 2 * 100_352 * 6144
+    assert cut.kv_bytes_per_token == 10 * 4096 == whole.kv_bytes_per_token // 4
+    assert cut.expert_bytes == whole.expert_bytes
+    assert cut.flops_per_token(2.0) == whole.flops_per_token(2.0) / 4
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_a_model_cut_to_its_own_size_is_the_model(name: str) -> None:
+    whole = preset(name)
+    assert whole.cut(layers=whole.layers, experts=whole.experts, top_k=whole.top_k) == whole
+
+
+def test_dense_layers_stay_when_others_are_cut() -> None:
+    whole = preset("deepseek-v3")  # 3 dense layers and 58 others
+    cut = whole.cut(layers=29, experts=256, top_k=8)
+    assert cut.dense_layers == 3
+    assert cut.attention_parameters == whole.attention_parameters - whole.attention_parameters * 29 // 61
+    assert cut.kv_bytes_per_token == whole.kv_bytes_per_token * 32 // 61
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layers": 41}, r"model dbrx: layers to keep are 41; use 1 to 40"),
+        ({"experts": 0}, r"model dbrx: experts to keep are 0; use 1 to 16"),
+        ({"experts": 2}, r"top_k 4 is more than its 2 experts"),
+    ],
+)
+def test_impossible_cuts_are_refused(changes: dict[str, int], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        preset("dbrx").cut(**{"layers": 40, "experts": 16, "top_k": 4, **changes})

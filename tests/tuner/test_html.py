@@ -243,6 +243,23 @@ def test_predicted_stages_and_waiting_make_up_the_step(page, tmp_path):
     assert '"y":["gate","experts","waiting"]' in html
 
 
+def test_a_study_by_loss_shows_the_loss_in_place_of_the_gate_mass(page, tmp_path):
+    trials = tuple(replace(trial, loss=loss) for trial, loss in zip(page.study.trials, (1.5, 1.56, 1.65), strict=True))
+    studied = StudyResult(trials=trials, front=pareto_front(trials), found_before=0)
+    measured = replace(page.validation, gate_mass_against_loss=None, study_loss_against_loss=0.75)
+    html = written(replace(page, study=studied, validation=measured), tmp_path)
+    text = words(html)
+    assert "on the front of step time against loss. The fastest that loses at most 5% more than the baseline is" in text
+    assert "predicted at 2.00 times the baseline's speed: top_k(k=2) contiguous" in text  # 1.56 is 4% above 1.5
+    assert "Winners are named by the loss that they add at most to the baseline's" in text
+    assert "The study's loss orders these configs as the loss on text that no part was chosen by" in text
+    assert '"y":[1.56,1.5]' in html  # the front: trial 1, then the baseline
+    assert '"text":"loss, nats a byte"' in html
+    unmeasured = words(written(replace(page, study=studied, validation=None), tmp_path))
+    assert "trial 1 front top_k(k=2) contiguous 4.00 2.00× 1.560 2.00" in unmeasured
+    assert "Loss, nats a byte" in unmeasured
+
+
 def test_an_unmeasured_study_shows_its_front(page, tmp_path):
     unmeasured = replace(
         page,
