@@ -4,7 +4,8 @@ Five recipes and six shapes trained alone, each on as many FLOPs and on several 
 in many ways and judged on held-out text (`elastic_rows.py`); steps at deployed widths are simulated, CPU seconds
 measured. What the sources say is held against intervals over seeds (`elastic_claims.py`). All of it takes some three
 hours on two cores, `--reduced` (one seed, a tenth of the FLOPs, a thinner grid) under ten minutes: it shows that the
-code runs, and resolves nothing. Stopped, it goes on with the training and the row that it was at.
+code runs, and resolves nothing. Stopped, it goes on with the training and the row that it was at; what is in the folder
+is taken as it is, so after a change of what trains, cuts or simulates give another one.
 
 python benchmarks/elastic.py [--reduced] [--json] [--markdown] [--out DIR] [--plot [FOLDER]] [--from FILE.json]
 """
@@ -27,6 +28,8 @@ from elastic_plot import write_plots
 from elastic_rows import REDUCED_STUDY, TRACE_TOKENS, WHOLE_STUDY, Study, cpu_seconds, load, measure_all, shape_of
 from elastic_tables import tables
 from elastic_trainings import train_all
+
+from traces.errors import InputError
 
 _PACKAGES = ("torch", "numpy", "scipy")
 _DIGITS = 6
@@ -121,10 +124,14 @@ def main() -> None:
     options = _options()
     if options.earlier is not None:
         result = json.loads(options.earlier.read_bytes())
+        result["claims"] = [claim.to_json() for claim in claims(Results(result["rows"], result["decode"]))]
     else:
         name = "elastic-reduced" if options.reduced else "elastic"
         folder = options.out or Path(platformdirs.user_cache_dir("moeroute")) / name
-        result = run(REDUCED_STUDY if options.reduced else WHOLE_STUDY, folder)
+        try:
+            result = run(REDUCED_STUDY if options.reduced else WHOLE_STUDY, folder)
+        except InputError as error:
+            sys.exit(str(error))
     if options.plot is not None:
         write_plots(options.plot, result)
     print(document_text(result) if options.json else tables(result, markdown=options.markdown))

@@ -39,7 +39,7 @@ def write_plots(folder: Path, result: Mapping[str, Any]) -> None:
 
 
 def _k_curve(results: Results) -> Any:
-    """Loss by experts a token, and its change against the model's own k; large marks: what the recipe trained with."""
+    """Loss by experts a token, and its change against the k trained with; large marks: what the recipe trained with."""
     figure, (absolute, relative) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     for index, recipe in enumerate(RECIPES):
         beside = [k + (index - 2) * 0.06 for k in K_CURVE]  # so that intervals are seen
@@ -57,7 +57,7 @@ def _k_curve(results: Results) -> Any:
                 markersize=6,
             )
     absolute.set_ylabel("loss (nats a byte)")
-    relative.set_ylabel(f"loss over that at k = {CONFIG.top_k} (%)")
+    relative.set_ylabel("loss over that at the k trained with (%)")
     relative.axhline(0, color="#b3bac2", linewidth=0.8, zorder=0)
     for axis in (absolute, relative):
         axis.set_xticks(K_CURVE)
@@ -115,15 +115,20 @@ def _domains(results: Results) -> Any:
     figure, axes = plt.subplots(1, len(CUT_RECIPES), figsize=(9, 3.6), sharey=True, layout="constrained")
     for axis, recipe in zip(axes, CUT_RECIPES, strict=True):
         for place, (where, colour) in enumerate((("inside its domain", "#00805e"), ("outside", "#d55e00"))):
+            counts = [round(share * CONFIG.experts) for share in SHARES]
             values = [
+                [100 * results.mean_in_and_out(recipe, seed, experts)[place] for seed in results.seeds]
+                for experts in counts
+            ]
+            single = [
                 [
-                    100 * results.in_and_out(recipe, seed, round(share * CONFIG.experts), domain)[place]
+                    100 * results.in_and_out(recipe, seed, experts, domain)[place]
                     for seed in results.seeds
                     for domain in results.domains
                 ]
-                for share in SHARES
+                for experts in counts
             ]
-            for share, of_share in zip(SHARES, values, strict=True):
+            for share, of_share in zip(SHARES, single, strict=True):
                 axis.plot([100 * share + place - 0.5] * len(of_share), of_share, ".", color=colour, alpha=0.35, ms=4)
             _line(axis, [100 * share + place - 0.5 for share in SHARES], values, colour, where)
         axis.axhline(0, color="#b3bac2", linewidth=0.8, zorder=0)

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from elastic_claims import CLOSE, Results, interval
+from elastic_claims import CLOSE, Results, interval, own_top_k
 from elastic_rows import CUT_RECIPES, K_CURVE, SHARES, Cut, Row
 from elastic_trainings import CONFIG, SHAPES
 
@@ -41,10 +41,10 @@ def _k_curve(results: Results) -> Table:
 
 def _rises(results: Results) -> Table:
     rows = [
-        [recipe, *(_percent(results.rise(recipe, k)) if k != CONFIG.top_k else "0" for k in K_CURVE)]
+        [recipe, *(_percent(results.rise(recipe, k)) if k != own_top_k(recipe) else "0" for k in K_CURVE)]
         for recipe in RECIPES
     ]
-    return f"The same, against the recipe's own loss at k {CONFIG.top_k}", ["recipe", *map(str, K_CURVE)], rows
+    return "The same, against the recipe's own loss at the k it trains with", ["recipe", *map(str, K_CURVE)], rows
 
 
 def _parts(results: Results) -> Table:
@@ -117,18 +117,18 @@ def _domains(results: Results) -> Table:
     for recipe in CUT_RECIPES:
         for share in SHARES:
             experts = round(share * CONFIG.experts)
-            pairs = [
-                results.in_and_out(recipe, seed, experts, domain)
-                for seed in results.seeds
-                for domain in results.domains
-            ]
+            pairs = [results.mean_in_and_out(recipe, seed, experts) for seed in results.seeds]
             row, whole = (results.row(recipe, results.seeds[0], cut) for cut in (Cut(experts=experts), Cut()))
             in_whole = [
-                results.row(recipe, seed, Cut(experts=experts, domain=domain))["loss_by_domain"][domain]
-                / results.row(recipe, seed, Cut())["loss_by_domain"][domain]
-                - 1
+                _mean(
+                    [
+                        results.row(recipe, seed, Cut(experts=experts, domain=domain))["loss_by_domain"][domain]
+                        / results.row(recipe, seed, Cut())["loss_by_domain"][domain]
+                        - 1
+                        for domain in results.domains
+                    ]
+                )
                 for seed in results.seeds
-                for domain in results.domains
             ]
             rows.append(
                 [

@@ -62,7 +62,8 @@ class Training:
         except InputError:
             return None
         hyper = {**asdict(self.hyper), "betas": list(self.hyper.betas)}
-        same = found.info["hyperparameters"] == hyper and found.model.config == self.config
+        config = replace(self.config, top_k=make_recipe(self.recipe).own_top_k(self.config))
+        same = found.info["hyperparameters"] == hyper and found.model.config == config
         return found if same and found.info["recipe"]["name"] == self.recipe else None
 
 

@@ -98,7 +98,8 @@ def _fit_subnetworks(space: Space, model: ModelSpec, layout: Layout) -> Subnetwo
     if _TOP_K in space.ranges:
         raise InputError(f"study.space.ranges.{_TOP_K}: parts of a model have their own k; write {field}.top_ks")
     if space.weights != "renormalised" and TopK.name in space.policies:
-        raise InputError(f"study.space.weights: a part scales the weights of its own k to one; not {space.weights}")
+        field = "study.space.weights" if "weights" in space.model_fields_set else "config.weights"
+        raise InputError(f"{field}: a part scales the weights of its own k to one; not {space.weights}")
     for experts in written.experts:
         for redundant in space.redundant_slots:
             try:

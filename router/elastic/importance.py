@@ -56,7 +56,9 @@ def importance_text(corpus: Corpus, length: int, domain: str | None = None) -> t
         return torch.from_numpy(text_NS.astype(np.int64))
     if domain not in corpus.domains:
         raise InputError(f"no domain {domain!r} in the text; it has {', '.join(corpus.domains)}")
-    text_NS, domain_N = corpus.sequences(_SEQUENCES * len(corpus.domains), length, _SEED, use="record")
+    smallest = min(text.size // 2 // length for text in corpus.held_out)
+    each = min(_SEQUENCES, smallest)
+    text_NS, domain_N = corpus.sequences(each * len(corpus.domains), length, _SEED, use="record")
     return torch.from_numpy(text_NS[domain_N == corpus.domains.index(domain)].astype(np.int64))
 
 

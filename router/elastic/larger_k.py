@@ -22,6 +22,10 @@ class LargerK(Recipe):
     source: ClassVar[str] = "the control of EMoE, arXiv 2509.21892"
     factor: int = 2
 
+    def own_top_k(self, config: LanguageModelConfig) -> int:
+        """`factor` times as many, never more than there are experts."""
+        return min(self.factor * config.top_k, config.experts)
+
     def draw(self, rule: TrainingRule, config: LanguageModelConfig, random: np.random.Generator) -> Rules:
-        """The same everywhere, never more than there are experts."""
-        return (replace(rule, top_k=min(self.factor * config.top_k, config.experts)),) * config.layers
+        """The same everywhere."""
+        return (replace(rule, top_k=self.own_top_k(config)),) * config.layers

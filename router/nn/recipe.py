@@ -22,6 +22,10 @@ class Recipe(ABC):
     name: ClassVar[str]
     source: ClassVar[str] = ""
 
+    def own_top_k(self, config: LanguageModelConfig) -> int:
+        """The k that the trained model has as its own: `config`'s, unless the recipe trains with another."""
+        return config.top_k
+
     @abstractmethod
     def draw(self, rule: TrainingRule, config: LanguageModelConfig, random: np.random.Generator) -> Rules:
         """The rule of each layer, None for one that is left out. `rule` is that of plain training."""

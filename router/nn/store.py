@@ -8,7 +8,7 @@ import hashlib
 import inspect
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +115,7 @@ def trained_model(
         if retrain:
             checkpoint.unlink(missing_ok=True)
         model, run = train.train(config, corpus, hyper, progress, recipe=recipe, checkpoint=checkpoint, name=name)
+        model.config = replace(config, top_k=recipe.own_top_k(config))
         info = write_model(
             folder,
             model,

@@ -48,6 +48,10 @@ def test_plain_and_emoe_cost_the_same_and_matryoshka_does_on_average() -> None:
 def test_larger_k_doubles_the_experts_of_a_token() -> None:
     (rules,) = draws(make_recipe("larger_k"), 1)
     assert {rule.top_k for rule in rules if rule is not None} == {8}
+    assert {name: make_recipe(name).own_top_k(CONFIG) for name in RECIPES} == {
+        **dict.fromkeys(RECIPES, 4),
+        "larger_k": 8,
+    }
 
 
 def test_emoe_draws_from_up_to_three_times_k_in_each_layer() -> None:
