@@ -14,7 +14,7 @@ from router.nn.flops import forward_flops_per_token
 from router.nn.lm import LanguageModel
 from router.nn.store import TrainedModel
 from router.subnetwork import SubNetwork
-from tests.router.elastic.conftest import SMALL
+from tests.router.tiny import SMALL
 from traces.errors import InputError
 
 PART = SubNetwork(layers_L=(0, 2), experts_LE=((0, 3, 4), (1, 2, 7)), top_k_L=(2, 1))

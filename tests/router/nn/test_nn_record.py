@@ -9,7 +9,7 @@ from router.candidates import Candidates
 from router.context import RouteContext
 from router.nn.record import layer_inputs, record
 from router.nn.store import TrainedModel, reference_model
-from tests.router.nn.conftest import SHORT
+from tests.router.tiny import SHORT
 from traces.capture import RouterCapture
 from traces.errors import InputError
 from traces.trace import PREFILL, RoutingTrace

@@ -14,7 +14,7 @@ from router.elastic.once_for_all import OnceForAll
 from router.nn.recipe import Plain
 from router.nn.store import TrainedModel, load_model, reference_model, trained_model
 from router.nn.train import Hyperparameters
-from tests.router.nn.conftest import SHORT, TINY
+from tests.router.tiny import SHORT, TINY
 from traces.errors import InputError
 
 Again = Callable[[list[str]], TrainedModel]

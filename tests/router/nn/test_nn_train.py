@@ -13,7 +13,7 @@ from router.nn.recipe import Recipe, Rules
 from router.nn.store import TrainedModel
 from router.nn.text import Corpus
 from router.nn.train import Hyperparameters, Spent, train
-from tests.router.nn.conftest import SHORT, TINY
+from tests.router.tiny import SHORT, TINY
 from traces.errors import InputError, MoerouteError
 from traces.progress import quiet
 

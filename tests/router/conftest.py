@@ -3,13 +3,11 @@ from pathlib import Path
 
 import pytest
 
-from router.nn.lm import LanguageModelConfig
-from router.nn.store import TrainedModel, reference_model
+from router.nn.recipe import Plain
+from router.nn.store import TrainedModel, reference_model, trained_model
 from router.nn.text import Corpus, load_corpus
 from router.nn.train import Hyperparameters
-
-TINY = LanguageModelConfig(hidden=32, layers=2, heads=2, experts=8, expert_hidden=16, top_k=2, context=32)
-SHORT = Hyperparameters(steps=8, batch=4)
+from tests.router.tiny import SHORT, SMALL, TINY
 
 
 @pytest.fixture(scope="session")
@@ -28,3 +26,9 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def reference(cache: Path) -> TrainedModel:
     return reference_model(config=TINY, hyper=SHORT)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> TrainedModel:
+    folder = tmp_path_factory.mktemp("trained")
+    return trained_model(Plain(), config=SMALL, hyper=Hyperparameters(steps=12, batch=4), folder=folder)
