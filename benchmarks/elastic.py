@@ -2,7 +2,7 @@
 
 Five recipes and six shapes trained alone, each on as many FLOPs and on several seeds (`elastic_trainings.py`), are cut
 in many ways and judged on held-out text (`elastic_rows.py`); steps at deployed widths are simulated, CPU seconds
-measured. What the sources say is held against intervals over seeds (`elastic_claims.py`). All of it takes some three
+measured. What the sources say is held against intervals over seeds (`elastic_claims.py`). All of it takes some two
 hours on two cores, `--reduced` (one seed, a tenth of the FLOPs, a thinner grid) under ten minutes: it shows that the
 code runs, and resolves nothing. Stopped, it goes on with the training and the row that it was at; what is in the folder
 is taken as it is, so after a change of what trains, cuts or simulates give another one.

@@ -101,10 +101,3 @@ def _train(work: tuple[Training, Path]) -> Training:
 def _report(name: str, done: float, message: str) -> None:
     if done == 1.0:
         print(f"{name}: {message}", file=sys.stderr, flush=True)
-
-
-if __name__ == "__main__":
-    folder, reduced = Path(sys.argv[1]), "--reduced" in sys.argv
-    chosen = (REDUCED_SEEDS, REDUCED_FLOPS) if reduced else (FULL_SEEDS, FULL_FLOPS)
-    for done in train_all(trainings(*chosen), folder):
-        print(done.id, flush=True)

@@ -16,7 +16,7 @@ import numpy as np
 from cost_models.cluster import Cluster
 from router.elastic.extract import choose_part, in_memory
 from router.elastic.importance import losses_without, without
-from router.nn.evaluate import HeldOutLoss, held_out_loss
+from router.nn.evaluate import STEP_SEQUENCES, HeldOutLoss, held_out_loss
 from router.nn.record import record
 from router.nn.store import TrainedModel, load_model
 from router.nn.text import Use
@@ -38,7 +38,6 @@ from tuner.weights import in_weights
 
 _KEPT = 16  # replays of so many parts stay: each holds its trace and candidates
 _LOSS_SEQUENCES = 128
-_STEP_SEQUENCES = 16
 _WINDOWS: dict[Use, Window] = {"record": "tune", "measure": "validate"}
 
 
@@ -164,7 +163,7 @@ class ElasticReplays:
         replays = self.for_config(config)
         window = replays.windows[_WINDOWS[use]]
         steps = (
-            {"ranks": 1, "tokens_per_rank": _STEP_SEQUENCES * self.whole.model.config.context}
+            {"ranks": 1, "tokens_per_rank": STEP_SEQUENCES * self.whole.model.config.context}
             if _alone(policy)
             else {"ranks": replays.cluster.ranks, "tokens_per_rank": batch.tokens_per_rank}
         )

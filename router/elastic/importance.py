@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from cost_models.microbench.experts import expert_mlp
 from router.context import RouteContext
-from router.nn.evaluate import held_out_loss
+from router.nn.evaluate import STEP_SEQUENCES, part_loss
 from router.nn.lm import LanguageModel
 from router.nn.text import Corpus
 from router.nn.threads import one_thread
@@ -22,7 +22,6 @@ Score = Literal["gate_mass", "reap"]
 SCORES: tuple[Score, ...] = get_args(Score)
 _SEED = 1
 _SEQUENCES = 128
-_STEP_SEQUENCES = 16
 # Depth asks for a loss of each layer that is left, again and again; layers differ by more than this text leaves open.
 _LAYER_SEQUENCES = 64
 
@@ -67,7 +66,7 @@ def expert_importance(model: LanguageModel, text_BS: torch.Tensor, part: SubNetw
     """What the experts of `part` do for `text_BS` when the part runs: [L', E'], experts as the part counts them."""
     gates = [model.moe_layers[layer].gate for layer in part.layers_L]
     with one_thread(), RouterCapture(gates, keep_hidden=True) as capture:
-        for step_BS in torch.split(text_BS, _STEP_SEQUENCES):
+        for step_BS in torch.split(text_BS, STEP_SEQUENCES):
             model.routed(step_BS, part.policy, part=part)
     counts_LE, mass_LE, reap_LE = [], [], []
     cut = model.extract(part)
@@ -97,16 +96,7 @@ def losses_without(model: LanguageModel, corpus: Corpus, part: SubNetwork) -> li
 
 def recorded_loss(model: LanguageModel, corpus: Corpus, part: SubNetwork, *, sequences: int = _SEQUENCES) -> float:
     """The loss of `part` on the text that parts are chosen by, nats a byte."""
-    return held_out_loss(
-        model,
-        corpus,
-        part.policy,
-        sequences=sequences,
-        ranks=1,
-        tokens_per_rank=_STEP_SEQUENCES * model.config.context,
-        part=part,
-        use="record",
-    ).mean
+    return part_loss(model, corpus, part, sequences=sequences, use="record").mean
 
 
 def without(part: SubNetwork, place: int) -> SubNetwork:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from router.nn.evaluate import HeldOutLoss, held_out_loss
+from router.nn.evaluate import STEP_SEQUENCES, HeldOutLoss, part_loss
 from router.nn.flops import forward_flops_per_token
 from router.nn.lm import LanguageModel
 from router.nn.store import TrainedModel
@@ -18,7 +18,6 @@ from router.nn.threads import one_thread
 from router.subnetwork import SubNetwork
 
 MEASURED_SEQUENCES = 256
-_STEP_SEQUENCES = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,15 +87,7 @@ def measured_loss(
     model: LanguageModel, corpus: Corpus, part: SubNetwork, *, sequences: int = MEASURED_SEQUENCES
 ) -> HeldOutLoss:
     """The loss of a part on the held-out text that no part was chosen by."""
-    return held_out_loss(
-        model,
-        corpus,
-        part.policy,
-        sequences=sequences,
-        ranks=1,
-        tokens_per_rank=_STEP_SEQUENCES * model.config.context,
-        part=part,
-    )
+    return part_loss(model, corpus, part, sequences=sequences)
 
 
 def k_curve(
@@ -118,7 +109,7 @@ def step_seconds(
     A step is 16 sequences of the context's length. Every round runs all parts, in an order of its own, so that a
     machine that drifts slows all alike; compare inside rounds.
     """
-    text_NS, _ = corpus.sequences(_STEP_SEQUENCES, model.config.context, seed, use="measure")
+    text_NS, _ = corpus.sequences(STEP_SEQUENCES, model.config.context, seed, use="measure")
     text_BS = torch.from_numpy(text_NS.astype(np.int64))
     models = [model.extract(part) for part in parts]
     order = np.random.default_rng(seed)

@@ -19,6 +19,7 @@ from traces.errors import InputError
 
 _SEED = 0
 _RESAMPLES = 4000
+STEP_SEQUENCES = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,6 +137,22 @@ def held_out_loss(
         kept_LE=kept_LE,
         rerouted_LE=rerouted_LE,
         tokens=sequences * context,
+    )
+
+
+def part_loss(
+    model: LanguageModel, corpus: Corpus, part: SubNetwork, *, sequences: int, use: Use = "measure"
+) -> HeldOutLoss:
+    """The loss of a part with its own k, on one rank, in steps of `STEP_SEQUENCES`; errors as `held_out_loss`."""
+    return held_out_loss(
+        model,
+        corpus,
+        part.policy,
+        sequences=sequences,
+        ranks=1,
+        tokens_per_rank=STEP_SEQUENCES * model.config.context,
+        part=part,
+        use=use,
     )
 
 

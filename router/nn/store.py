@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from router.nn import lm, moe, recipe, train
-from router.nn.evaluate import held_out_loss
+from router.nn.evaluate import part_loss
 from router.nn.lm import LanguageModel, LanguageModelConfig
 from router.nn.recipe import Plain, Recipe
 from router.nn.text import Corpus, load_corpus
@@ -183,14 +183,7 @@ def load_model(folder: Path) -> TrainedModel:
 
 def held_out(model: LanguageModel, corpus: Corpus) -> dict[str, float]:
     """The loss on held-out text, nats a byte, by domain and of `all`."""
-    loss = held_out_loss(
-        model,
-        corpus,
-        model.config.policy,
-        sequences=_EVALUATED_SEQUENCES,
-        ranks=1,
-        tokens_per_rank=16 * model.config.context,
-    )
+    loss = part_loss(model, corpus, model.config.whole, sequences=_EVALUATED_SEQUENCES)
     return {**loss.by_domain, "all": loss.mean}
 
 
