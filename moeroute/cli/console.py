@@ -2,10 +2,13 @@
 
 import json
 import os
+import signal
 import sys
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -61,6 +64,44 @@ def interval_in_words(report: "Report") -> str:
 @contextmanager
 def progress_bar(what: str) -> Iterator[Progress]:
     """A bar on stderr: what is running, how far it is and what is left. Plain lines where it is no terminal."""
+    with _heeded_interrupts() as check, _shown_progress(what) as show:
+
+        def progress(done: float, message: str) -> None:
+            check()
+            show(done, message)
+
+        yield progress
+
+
+@contextmanager
+def _heeded_interrupts() -> Iterator[Callable[[], None]]:
+    """What is given raises `KeyboardInterrupt` where one was swallowed before.
+
+    Python drops one that comes up while a destructor or a compiler's callback runs: long work would go on as if
+    nobody had asked it to stop.
+    """
+    asked = threading.Event()
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        asked.set()
+        raise KeyboardInterrupt
+
+    def check() -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield check  # only the main thread gets signals
+        return
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield check
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def _shown_progress(what: str) -> Iterator[Progress]:
     from rich.console import Console
     from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
