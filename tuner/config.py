@@ -201,6 +201,12 @@ class Config(Strict):
         return {**document, **none, "parameters": in_full(make_selection, document["policy"], parameters)}
 
     @model_validator(mode="after")
+    def _a_capacity_counts_one_k(self) -> "Config":
+        if self.capacity is not None and self.subnetwork is not None and isinstance(self.subnetwork.top_k, tuple):
+            raise ValueError("capacity counts one k for all layers; give subnetwork.top_k one number, or no capacity")
+        return self
+
+    @model_validator(mode="after")
     def _padding_knows_no_counts(self) -> "Config":
         choice = self.placement.replica_choice
         if (

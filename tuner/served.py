@@ -58,7 +58,8 @@ def fit_space(scenario: Scenario, trace: RoutingTrace, layout: Layout, no_steps:
     for redundant in space.redundant_slots:
         check_slots(trace.model.experts + redundant, layout.expert_groups, trace.model.experts)
     if scenario.elastic is not None:
-        space = space.model_copy(update={"subnetworks": _fit_subnetworks(space, trace.model, layout)})
+        subnetworks = _fit_subnetworks(space, trace.model, layout)
+        space = space.model_copy(update={"subnetworks": subnetworks, "capacities": _fit_capacities(space, subnetworks)})
     space = space.model_copy(update={"ranges": _fit_ranges(space, trace)})
     return scenario.model_copy(update={"study": scenario.study.model_copy(update={"space": space})})
 
@@ -125,6 +126,18 @@ def _fit_subnetworks(space: Space, model: ModelSpec, layout: Layout) -> Subnetwo
             f"{field}: {min(fitted['top_ks'])} experts a token of {min(fitted['experts'])}; add a smaller one to top_ks"
         )
     return written.model_copy(update=fitted)
+
+
+def _fit_capacities(space: Space, subnetworks: SubnetworkSpace) -> list[str]:
+    """The capacities: none where k is drawn by layer, for a capacity counts one k for all of them."""
+    if not subnetworks.per_layer or TopK.name not in space.policies:
+        return space.capacities
+    if "capacities" in space.model_fields_set and space.capacities != [NONE]:
+        raise InputError(
+            "study.space.capacities: a capacity counts one k for all layers; write [none], or leave out "
+            "study.space.subnetworks.per_layer"
+        )
+    return [NONE]
 
 
 def _fit_placements(space: Space, trace: RoutingTrace, layout: Layout, no_steps: str) -> Space:

@@ -16,6 +16,7 @@ from router.nn.store import TrainedModel
 from router.nn.text import Corpus
 from router.nn.threads import one_thread
 from router.subnetwork import SubNetwork
+from traces.errors import InputError
 
 MEASURED_SEQUENCES = 256
 
@@ -48,7 +49,11 @@ class PartSize:
 
 
 def size_of(model: LanguageModel, part: SubNetwork) -> PartSize:
-    """The size of a part of `model`."""
+    """The size of a part of `model`. Errors: `InputError` for a model with null experts."""
+    if model.config.null_experts:
+        raise InputError(
+            "the size of a part hangs on how often its tokens choose null experts; it is of models without"
+        )
     whole = model.config.whole
     active, total = _parameters(model, part)
     all_active, all_total = _parameters(model, whole)

@@ -116,8 +116,12 @@ def test_configs_and_scenarios_without_a_part_are_written_as_ever() -> None:
         ({"subnetwork": {"top_k": []}}, "config.subnetwork.top_k: write one whole number from 1"),
         ({"subnetwork": {"depth": 3, "top_k": [2, 1]}}, "config.subnetwork.top_k: 2 numbers for 3 layers that stay"),
         ({"subnetwork": {"layers": 2}}, "config.subnetwork.layers: unknown key"),
+        (
+            {"subnetwork": {"depth": 2, "top_k": [2, 1]}, "capacity": {"factor": 1.0}},
+            "capacity counts one k for all layers; give subnetwork.top_k one number, or no capacity",
+        ),
     ],
-    ids=["k", "policy", "weights", "no k", "empty", "too few", "unknown"],
+    ids=["k", "policy", "weights", "no k", "empty", "too few", "unknown", "capacity"],
 )
 def test_what_contradicts_a_part_is_refused(config: dict[str, Any], message: str) -> None:
     written = document(config={"policy": "top_k", "subnetwork": {"depth": 2}, **config})
@@ -323,8 +327,12 @@ def test_every_draw_is_a_part_that_can_be_placed(folder: Path, per_layer: bool) 
         ({"subnetworks": {"experts": [2], "top_ks": [4]}}, "study.space.subnetworks: 4 experts a token of 2"),
         ({"ranges": {"top_k.k": [1, 2]}}, "study.space.ranges.top_k.k: parts of a model have their own k"),
         ({"weights": "trained"}, "study.space.weights: a part scales the weights of its own k to one; not trained"),
+        (
+            {"subnetworks": {"per_layer": True}, "capacities": ["none", "capacity"]},
+            "study.space.capacities: a capacity counts one k for all layers",
+        ),
     ],
-    ids=["depth", "experts", "slots", "top_k", "range", "weights"],
+    ids=["depth", "experts", "slots", "top_k", "range", "weights", "capacities"],
 )
 def test_a_space_that_the_model_cannot_serve_is_refused(folder: Path, space: dict[str, Any], message: str) -> None:
     elastic = ElasticReplays.of(scenario_of(folder, study={"space": {**SPACE, **space}}))

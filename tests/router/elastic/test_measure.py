@@ -35,7 +35,7 @@ def test_the_size_of_a_part_by_hand(trained: TrainedModel) -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"gate": "sigmoid", "shared_experts": 1}, {"renormalise": False, "null_experts": 2, "null_kind": "mixed"}],
+    [{}, {"gate": "sigmoid", "shared_experts": 1}, {"renormalise": False}],
     ids=lambda changes: "-".join(changes) or "plain",
 )
 def test_the_size_is_that_of_the_model_cut_out(changes: dict[str, object]) -> None:
@@ -115,3 +115,9 @@ def test_a_comparison_is_paired_with_what_was_cut(trained: TrainedModel) -> None
     assert document["difference"] == pytest.approx(document["after"] - document["before"])
     whole = compare(trained, in_memory(trained, trained.model.config.whole), sequences=16)
     assert whole.differences["all"] == (0.0, 0.0, 0.0)
+
+
+def test_the_size_of_a_part_with_null_experts_hangs_on_the_text() -> None:
+    model = LanguageModel(replace(SMALL, null_experts=2))
+    with pytest.raises(InputError, match="null experts"):
+        size_of(model, model.config.whole)
